@@ -193,7 +193,7 @@ def create_batches(self:ReIDDL, samps):
     x,rows,ys = cols
     return ((TensorImage(x[rows[i]]), *(y[i] for y in ys)) for i in chunked(samps, self.bs, self.drop_last))
 
-# %% ../../nbs/08_data.block.ipynb #c2a39fcc
+# %% ../../nbs/08_data.block.ipynb #7e093c23
 @patch
 def show_batch(self:ReIDDL, b=None, max_n=None, ncols=None, figsize=None, **kwargs):
     "Show images with identity and camera; of a PK batch, an identity a row"
@@ -202,9 +202,17 @@ def show_batch(self:ReIDDL, b=None, max_n=None, ncols=None, figsize=None, **kwar
     if b is None: b = self.one_batch()
     n,(h,w) = min(max_n, len(b[0])),b[0].shape[-2:]
     ncols = ifnone(ncols, min(n, 9))
-    return super(ReIDDL, self).show_batch(b, max_n, ncols=ncols, figsize=ifnone(figsize, (1.3*ncols, (1.3*h/w+.4)*-(-n//ncols))), **kwargs)
+    return super(ReIDDL, self).show_batch(b, max_n, ncols=ncols, figsize=ifnone(figsize, (1.1*ncols, (1.1*h/w+.4)*-(-n//ncols))), **kwargs)
 
-# %% ../../nbs/08_data.block.ipynb #6b91b156
+# %% ../../nbs/08_data.block.ipynb #ddea3876
+@patch
+def decode_batch(self:ReIDDL, b, max_n=9, full=True):
+    "Decode images and targets; beside anything else, such as embeddings, decode the images alone"
+    if len(b)==len(self.dataset.tls): return super(ReIDDL, self).decode_batch(b, max_n, full)
+    x = self.after_batch.decode((TensorImage(b[0]),))[0]
+    return L(zip(x, *b[1:]))[:max_n]
+
+# %% ../../nbs/08_data.block.ipynb #0745ca7f
 class ReIDDataLoaders(DataLoaders):
     "Training and test loaders of a Re-ID dataset, with batches `(x, pid, camid)`"
     splits = None   # the `ReIDSplits` they were made from; None after `load_learner`
@@ -212,7 +220,7 @@ class ReIDDataLoaders(DataLoaders):
     @property
     def vocab(self): "Identities by their number: `vocab[code]` is the `pid`"; return self.train.dataset.vocab
 
-# %% ../../nbs/08_data.block.ipynb #73330662
+# %% ../../nbs/08_data.block.ipynb #b1fe73c7
 def _check_parts(splits, size):
     "Refuse what could not be trained or tested, before any image is decoded"
     if not (is_listy(size) and len(size)==2 and min(size)>0): raise ValueError(f'size={size}: pass (height, width) in pixels, such as (256,128).')
@@ -225,7 +233,7 @@ def _check_parts(splits, size):
 
 def _absolute(df, root): return df.assign(path=[str(o if root is None else Path(root)/o) for o in df.path])
 
-# %% ../../nbs/08_data.block.ipynb #deb8248f
+# %% ../../nbs/08_data.block.ipynb #782c06d2
 @patch(cls_method=True)
 def from_splits(cls:ReIDDataLoaders,
     splits:ReIDSplits, # What to load
@@ -257,7 +265,7 @@ def from_splits(cls:ReIDDataLoaders,
     res.splits,res.test_df = splits,test_df
     return res
 
-# %% ../../nbs/08_data.block.ipynb #7b9fd706
+# %% ../../nbs/08_data.block.ipynb #259e632a
 @patch(cls_method=True)
 @delegates(ReIDDataLoaders.from_splits)
 def from_path(cls:ReIDDataLoaders,
@@ -278,7 +286,7 @@ def from_df(cls:ReIDDataLoaders,
     "Load the images that a table lists"
     return cls.from_splits(ReIDSplits(df, name, root), **kwargs)
 
-# %% ../../nbs/08_data.block.ipynb #6cc4eb21
+# %% ../../nbs/08_data.block.ipynb #d54defff
 @patch
 def test_dl(self:ReIDDataLoaders,
     test_items, # Files or images, or a table with `path` (relative to the root of `splits`)
