@@ -47,7 +47,7 @@ class PadCropEach(PerImage):
         windows = F.pad(x.as_subclass(Tensor), [self.pad]*4).unfold(2,h,1).unfold(3,w,1)  # (b, c, 2*pad+1, 2*pad+1, h, w)
         return windows[torch.arange(b, device=x.device),:,dy,dx]
 
-# %% ../../nbs/07_data.augment.ipynb #348a5d6a
+# %% ../../nbs/07_data.augment.ipynb #4d61a3f2
 def erase_boxes(
     b:int, # Number of images
     h:int, # Height of an image, px
@@ -62,9 +62,9 @@ def erase_boxes(
     eh,ew = (h*w*a*r).sqrt().round(), (h*w*a/r).sqrt().round()
     fits = (eh<h) & (ew<w)
     pick = fits.int().argmax(0, keepdim=True)  # the first that fits
-    eh,ew,y,x,fits = (o.gather(0, pick)[0] for o in (eh,ew,y,x,fits))
+    eh,ew,y,x = (o.gather(0, pick)[0] for o in (eh*fits,ew*fits,y,x))
     top,left = (y*(h-eh+1)).floor(), (x*(w-ew+1)).floor()
-    return torch.stack([top, top+eh*fits, left, left+ew*fits]).long()
+    return torch.stack([top, top+eh, left, left+ew]).long()
 
 # %% ../../nbs/07_data.augment.ipynb #a5f7e228
 class EraseEach(PerImage):

@@ -27,10 +27,11 @@ from .augment import reid_augs
 from .datasets import read_dataset
 from .sampler import PKSampler
 
-# %% ../../nbs/08_data.block.ipynb #9798feea
+# %% ../../nbs/08_data.block.ipynb #332874d5
 def _open(o):
     "A PIL image from a file, its content, an array or an image"
     if isinstance(o, Image.Image): return o
+    if isinstance(o, np.ndarray) and o.dtype!=np.uint8: raise TypeError(f'an array of {o.dtype}, where bytes from 0 to 255 are expected')
     return Image.fromarray(o) if isinstance(o, np.ndarray) else Image.open(io.BytesIO(o) if isinstance(o, bytes) else o)
 
 def read_image(
@@ -45,7 +46,7 @@ def read_image(
         if im.getexif().get(0x0112, 1)!=1: im = ImageOps.exif_transpose(im)
         if im.mode!='RGB': im = im.convert('RGB')
         im = im.resize((w,h), Image.Resampling.BILINEAR, reducing_gap=2.)
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as e:
+    except (OSError, SyntaxError, ValueError, TypeError, AttributeError, Image.DecompressionBombError) as e:
         raise ValueError(f'{o if isinstance(o, (str,Path)) else type(o)} cannot be read as an image: {e}. Replace it, or leave it out.') from e
     return np.asarray(im).transpose(2,0,1)
 

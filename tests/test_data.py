@@ -1,0 +1,452 @@
+"The data modules: what is dull to read in a notebook. Every dataset here is made by the test itself, in the naming of the real ones."
+import pickle, warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.basics import Learner, Transform, load_learner, set_seed
+from fastai.callback.hook import summary  # noqa: F401, gives `Learner` its `summary`
+from fastai.torch_core import TensorCategory, TensorImage
+from fastcore.all import first
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+import reid_fastai.data.block as block
+from reid_fastai.core import DISTRACTOR_PID, JUNK_PID
+from reid_fastai.data.augment import EraseEach, MirrorEach, PadCropEach, erase_boxes, reid_augs
+from reid_fastai.data.block import ImageMemory, ReadImage, ReIDDataLoaders, read_image
+from reid_fastai.data.datasets import CUHK03, MSMT17, DukeMTMC, Market1501, detect_layout, layouts, read_dataset
+from reid_fastai.data.sampler import PKSampler, draws
+
+KW = dict(size=(32,16), n_pids=4, n_imgs=3, val_bs=5)
+
+def noise(path, seed, size=(16,32), **kw):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size[::-1],3), dtype=np.uint8)).save(path, **kw)
+
+def make_market(root):
+    "6 training identities × 5 images and one with 2; 4 queries; a gallery of 8 right answers, 2 distractors and 3 junk images"
+    rows = [('bounding_box_train', p, k%3+1, k) for p in range(2,8) for k in range(5)] + [('bounding_box_train', 9, 1, k) for k in range(2)]
+    rows += [('query', p, 1, 0) for p in range(11,15)] + [('bounding_box_test', p, k+2, k) for p in range(11,15) for k in range(2)]
+    rows += [('bounding_box_test', p, k+1, k) for p,n in ((0,2),(-1,3)) for k in range(n)]
+    for i,(d,p,c,k) in enumerate(rows): noise(root/d/f'{"-1" if p<0 else f"{p:04d}"}_c{c}s1_{k:06d}_0{i%10}.jpg', i)
+    for d in ('bounding_box_train','query','bounding_box_test'): (root/d/'Thumbs.db').write_bytes(b'\xd0\xcf\x11\xe0')
+    return root
+
+@pytest.fixture(scope='module')
+def market(tmp_path_factory): return make_market(tmp_path_factory.mktemp('data')/'Market')
+
+@pytest.fixture(autouse=True)
+def left_out_is_expected():
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'identities have fewer|.*insecure pickle|.*jit')
+        warnings.filterwarnings('ignore', r'\d+ of \d+ identities')
+        yield
+
+def make_dls(root, **kw): return ReIDDataLoaders.from_path(root, **{**KW, **kw})
+@pytest.fixture
+def dls(market): return make_dls(market)
+
+# --- datasets
+
+def test_market_counts(market):
+    s = read_dataset(market)
+    assert s.counts().loc['train'].to_dict()==dict(images=32, identities=7, cameras=3, distractors=0, junk=0)
+    assert s.counts().loc['query'].to_dict()==dict(images=4, identities=4, cameras=1, distractors=0, junk=0)
+    assert s.counts().loc['gallery'].to_dict()==dict(images=13, identities=4, cameras=3, distractors=2, junk=3)
+    assert s.root==market and all((market/o).is_file() and o.endswith('.jpg') for o in s.df.path)
+    assert set(s.gallery.pid)=={JUNK_PID, DISTRACTOR_PID, 11, 12, 13, 14}
+
+def test_order_is_that_of_names(market):
+    for o in ('train','query','gallery'): assert (p := getattr(read_dataset(market), o).path.tolist())==sorted(p)
+
+def test_name_is_honest(market, monkeypatch):
+    assert read_dataset(market).name=='Market'
+    monkeypatch.setattr(Market1501, '_published', {k: tuple(v) for k,v in read_dataset(market).counts().T.to_dict('list').items()})
+    assert read_dataset(market).name=='Market-1501'
+
+def test_upper_case_ending(tmp_path):
+    root = make_market(tmp_path/'m')
+    f = first((root/'query').glob('*.jpg')); f.rename(f.with_suffix('.JPG'))
+    assert len(read_dataset(root).query)==4
+
+def touch(root, *names):
+    for o in names: (root/o).parent.mkdir(parents=True, exist_ok=True); (root/o).write_text('')
+    return root
+
+NAMES = {Market1501: '0002_c1s1_000451_03.jpg', DukeMTMC: '0002_c1_f0046182.jpg', CUHK03: '0002_c1_21.png'}
+@pytest.mark.parametrize('layout', NAMES, ids=lambda o: o.name)
+def test_relatives_are_told_apart(layout, tmp_path):
+    root = touch(tmp_path/'x', *(f'{d}/{NAMES[layout]}' for d in ('bounding_box_train','query','bounding_box_test')))
+    assert detect_layout(root) is layout and detect_layout(tmp_path) is layout
+    assert read_dataset(root).df[['pid','camid']].drop_duplicates().values.tolist()==[[2,1]]
+    for o in NAMES:
+        if o is not layout:
+            with pytest.raises(ValueError, match='is not named like|no .jpg image'): o(root)
+
+@pytest.mark.parametrize('folders', [('train','test'), ('mask_train_v2','mask_test_v2')])
+def test_msmt(folders, tmp_path):
+    for o in folders: (tmp_path/o).mkdir()
+    for f,t in dict(train='0000/0000_000_01_a.jpg 0\n0002/0002_000_03_a.jpg 2\n', val='0001/0001_000_02_a.jpg 1\n',
+                    query='0000/0000_000_07_a.jpg 0\n', gallery='0000/0000_000_15_a.jpg 0\n').items(): (tmp_path/f'list_{f}.txt').write_text(t)
+    s = read_dataset(tmp_path)
+    assert detect_layout(tmp_path) is MSMT17
+    assert s.train.pid.tolist()==[1,3,2] and s.query.pid.tolist()==s.gallery.pid.tolist()==[4] # nobody is 0; test identity 0 is not training identity 0
+    assert s.train.path[0]==f'{folders[0]}/0000/0000_000_01_a.jpg' and s.query.path[0].startswith(folders[1])
+    assert s.df.camid.tolist()==[1,3,2,7,15]
+
+@pytest.mark.parametrize('line', ['0000/0000_000_01_a.jpg', '0000/0000_000_01_a.jpg x', 'photo.jpg 0'])
+def test_msmt_bad_line(line, tmp_path):
+    for o in ('train','test'): (tmp_path/o).mkdir()
+    for o in ('train','val','query','gallery'): (tmp_path/f'list_{o}.txt').write_text(line+'\n')
+    with pytest.raises(ValueError, match='list_train.txt: the line'): read_dataset(tmp_path)
+
+def test_layout_errors(market, tmp_path):
+    for f in (read_dataset, Market1501):
+        with pytest.raises(ValueError, match='nowhere does not exist'): f(tmp_path/'nowhere')
+        with pytest.raises(ValueError, match='is a file. Unpack'): f(market/'query'/'Thumbs.db')
+    with pytest.raises(ValueError) as e: read_dataset(touch(tmp_path/'holiday', 'beach.jpg'))
+    assert all(l.name in str(e.value) for l in layouts) and 'bounding_box_train' in str(e.value) and 'beach.jpg' in str(e.value)
+    with pytest.raises(ValueError, match='`query`, `bounding_box_test` missing'): Market1501(touch(tmp_path/'half', f'bounding_box_train/{NAMES[Market1501]}'))
+    (tmp_path/'none').mkdir()
+    with pytest.raises(ValueError, match='Found there: nothing'): read_dataset(tmp_path/'none')
+
+def test_no_images(tmp_path):
+    root = touch(tmp_path/'m', 'query/Thumbs.db', f'bounding_box_train/{NAMES[Market1501]}', f'bounding_box_test/{NAMES[Market1501]}')
+    for f in (read_dataset, Market1501):
+        with pytest.raises(ValueError, match='no .jpg image in `query`'): f(root)
+
+def test_stranger_is_named(tmp_path):
+    root = make_market(tmp_path/'m')
+    noise(root/'bounding_box_test'/'zebra.jpg', 0)
+    with pytest.raises(ValueError, match='zebra.jpg is not named like 0002_c1s1'): read_dataset(root)
+
+def test_two_datasets_in_one_folder(tmp_path):
+    for o in ('a','b'): make_market(tmp_path/o)
+    with pytest.raises(ValueError, match='holds 2 datasets: a .*, b '): read_dataset(tmp_path)
+    with pytest.raises(ValueError, match='holds 2 datasets of layout Market-1501: a, b'): Market1501(tmp_path)
+    assert read_dataset(tmp_path/'b').root==tmp_path/'b'
+
+# --- sampler
+
+@given(st.integers(1,40), st.integers(1,40), st.integers(0,60), st.integers(0,9))
+def test_draws(n, k, times, seed):
+    if k>n: n,k = k,n
+    o = draws(np.random.default_rng(seed), n, k, times)
+    assert o.shape==(times,k)
+    per = n//k
+    for i in range(0, times, per): assert len(set(o[i:i+per].flat))==o[i:i+per].size # nothing twice between two shuffles
+
+pk = st.tuples(st.lists(st.integers(1,9), min_size=1, max_size=25), st.integers(1,6), st.integers(1,4), st.integers(0,5), st.integers(0,50), st.randoms())
+
+@settings(deadline=None)
+@given(pk)
+def test_pk_batches(o):
+    counts,p,k,epoch,seed,rnd = o
+    pids = np.repeat(np.arange(len(counts))*7+3, counts)
+    rnd.shuffle(pids)
+    n = sum(c>=k for c in counts)
+    if n<p:
+        with pytest.raises(ValueError, match=f'n_pids={p}, but only {n} of {len(counts)}'): PKSampler(pids, p, k, seed=seed)
+        return
+    s = PKSampler(pids, p, k, seed=seed)
+    b = s.batches(epoch)
+    assert b.shape==(len(s), p*k) and len(s)==max(1, sum(c for c in counts if c>=k)//(p*k))
+    ids = pids[b].reshape(len(s), p, k)
+    assert (ids==ids[:,:,:1]).all()
+    assert all(len(set(r))==p for r in ids[:,:,0])
+    assert all(len(set(r))==p*k for r in b)
+    assert not set(np.unique(ids)) & set(s.left_out)
+    assert s.left_out=={int(v): c for v,c in zip(np.arange(len(counts))*7+3, counts) if c<k}
+    assert (b==PKSampler(pids, p, k, seed=seed).batches(epoch)).all()
+    for i in np.unique(ids): # within an epoch nothing comes back before its turn
+        mine = b.reshape(-1,k)[pids[b].reshape(-1,k)[:,0]==i]
+        per = (pids==i).sum()//k
+        for j in range(0, len(mine), per): assert len(set(mine[j:j+per].flat))==mine[j:j+per].size
+
+def test_epochs_and_seeds_differ():
+    pids = np.repeat(np.arange(20), 8)
+    f = lambda seed,epoch: PKSampler(pids, 4, 2, seed=seed).batches(epoch).tolist()
+    assert f(1,0)!=f(1,1) and f(1,0)!=f(2,0) and f(0,1)!=f(1,0)
+
+def test_identities_are_drawn_evenly():
+    pids = np.repeat(np.arange(7), [4,4,4,4,4,4,100])
+    n = np.bincount(pids[PKSampler(pids, 3, 4, steps=700).batches()].ravel())/4
+    assert n.min()>270 and n.max()<330 # 300 each, however many images they have
+
+def test_left_out_warns():
+    with pytest.warns(UserWarning, match='2 of 5 identities have fewer than 3 images; they are left out of the batches'):
+        PKSampler([1,1,2,2]+[3]*3+[4]*4+[5]*5, 2, 3)
+
+# --- augmentation
+
+def img(b=64, h=32, w=16, seed=0): return TensorImage(torch.rand(b,3,h,w, generator=torch.Generator().manual_seed(seed)))
+
+@pytest.mark.parametrize('dtype', [torch.float, torch.uint8])
+def test_mirror_is_per_image(dtype):
+    x = (img(400)*255).to(dtype)
+    set_seed(0); y = MirrorEach()(x, split_idx=0)
+    same,flipped = ((a==b).flatten(1).all(1) for a,b in ((y,x), (y,x.flip(-1))))
+    assert (same^flipped).all() and .4<flipped.float().mean()<.6 and y.dtype==dtype and isinstance(y, TensorImage)
+
+def test_pad_crop_oracle():
+    x,p = img(50),4
+    set_seed(1); y = PadCropEach(p)(x, split_idx=0)
+    xp,seen = F.pad(torch.Tensor(x), [p]*4),set()
+    for a,b in zip(xp, y):
+        hits = [(i,j) for i in range(2*p+1) for j in range(2*p+1) if torch.equal(a[:,i:i+32,j:j+16], torch.Tensor(b))]
+        assert len(hits)==1
+        seen.add(hits[0])
+    assert len(seen)>20 # images go their own ways
+    assert {0,2*p}<={i for i,_ in seen} and {0,2*p}<={j for _,j in seen} # the extremes occur
+
+def test_erase_is_a_rectangle_per_image():
+    x,fill = img(300)*.4,(.5,.6,.7)
+    set_seed(2); y = EraseEach(fill=fill)(x, split_idx=0)
+    boxes = set()
+    for a,b in zip(x, y):
+        m = (a!=b).all(0)
+        if not m.any(): assert torch.equal(a, b); continue
+        ys,xs = m.nonzero(as_tuple=True)
+        box = ys.min().item(),ys.max().item(),xs.min().item(),xs.max().item()
+        assert m.sum()==(box[1]-box[0]+1)*(box[3]-box[2]+1)
+        assert torch.allclose(torch.Tensor(b[:,m]), torch.tensor(fill)[:,None]) and torch.equal(a[:,~m], b[:,~m])
+        boxes.add(box)
+    assert len(boxes)>100 and .4<(y!=x).flatten(1).any(1).float().mean()<.6
+
+@given(st.integers(8,200), st.integers(8,200), st.integers(0,20))
+def test_boxes_within_bounds(h, w, seed):
+    torch.manual_seed(seed)
+    t,d,l,r = erase_boxes(200, h, w)
+    assert (t>=0).all() and (l>=0).all() and (d<=h).all() and (r<=w).all() and ((d>t)==(r>l)).all()
+    eh,ew = (o[d>t].double() for o in (d-t, r-l))
+    slack = (eh+.5)*(ew+.5)/(h*w) # sides are rounded
+    assert (slack>=.02-1e-6).all() and ((eh-.5)*(ew-.5)/(h*w)<=.4+1e-6).all()
+    assert ((eh-.5)/(ew+.5)<=1/.3+1e-6).all() and ((eh+.5)/(ew-.5).clip(1e-9)>=.3-1e-6).all()
+
+def test_box_that_never_fits_is_empty():
+    t,d,l,r = erase_boxes(50, 100, 4, area=(.9,1.), aspect=(.3,.4))
+    assert (t==d).all() and (l==r).all()
+    x = img(20, 100, 4)
+    assert torch.equal(EraseEach(1., (.9,1.), (.3,.4))(x, split_idx=0), x)
+
+def test_augs_follow_the_seed_and_spare_the_input():
+    x = img(); x0 = x.clone()
+    for f in reid_augs(3):
+        set_seed(5); a = f(x, split_idx=0)
+        set_seed(5); b = f(x, split_idx=0)
+        c = f(x, split_idx=0)
+        assert torch.equal(a, b) and not torch.equal(a, c) and torch.equal(x, x0) and torch.equal(f(x, split_idx=1), x)
+
+# --- images
+
+@pytest.mark.parametrize('orientation', range(1,9))
+@pytest.mark.parametrize('ext', ['png','jpg'])
+def test_exif(orientation, ext, tmp_path):
+    "Stored as a camera with this orientation would store it, an image comes out upright"
+    up = np.zeros((60,40,3), np.uint8); up[:30,:20] = 250; up[30:,20:,0] = 250
+    T = Image.Transpose
+    undo = {1: None, 2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_90, 7: T.TRANSVERSE, 8: T.ROTATE_270}[orientation]
+    im = Image.fromarray(up)
+    exif = Image.Exif(); exif[0x0112] = orientation
+    (im.transpose(undo) if undo is not None else im).save(tmp_path/f'a.{ext}', exif=exif, **({} if ext=='png' else dict(quality=100, subsampling=0)))
+    o = read_image(tmp_path/f'a.{ext}', (60,40)).transpose(1,2,0)
+    assert np.abs(o.astype(int)-up).mean()<2
+
+@pytest.mark.parametrize('mode,ext', [('L','png'), ('RGBA','png'), ('P','png'), ('1','png'), ('LA','png'), ('CMYK','jpg'), ('L','jpg'), ('RGB','webp')])
+def test_modes(mode, ext, tmp_path):
+    im = Image.fromarray(np.full((40,20,3), 200, np.uint8)).convert(mode)
+    im.save(tmp_path/f'a.{ext}')
+    o = read_image(tmp_path/f'a.{ext}', (32,16))
+    assert o.shape==(3,32,16) and o.dtype==np.uint8 and (mode in ('1','P') or np.abs(o.astype(int)-200).max()<12)
+
+def test_large_jpeg_is_close_to_the_plain_way(tmp_path):
+    y,x = np.mgrid[:1600,:800]/1600
+    Image.fromarray((np.stack([x+y/2, y, .5+.5*np.sin(9*x)], -1)*170).clip(0,255).astype(np.uint8)).save(tmp_path/'a.jpg', quality=95)
+    want = np.asarray(Image.open(tmp_path/'a.jpg').resize((64,128), Image.Resampling.BILINEAR)).transpose(2,0,1)
+    assert np.abs(read_image(tmp_path/'a.jpg', (128,64)).astype(int)-want).mean()<1.5
+
+def broken(path, how):
+    if how=='truncated': path.write_bytes(path.read_bytes()[:-len(path.read_bytes())//3])
+    elif how=='text': path.write_text('not an image')
+    elif how=='empty': path.write_bytes(b'')
+    elif how=='gone': path.unlink()
+
+@pytest.mark.parametrize('how', ['truncated','text','empty','gone'])
+@pytest.mark.parametrize('in_memory', [True,False])
+def test_broken_file_is_named(how, in_memory, tmp_path):
+    root = make_market(tmp_path/'m')
+    s = read_dataset(root)
+    broken(root/s.train.path[7], how)
+    with pytest.raises(ValueError, match=f'{s.train.path[7].split("/")[1]} cannot be read as an image'):
+        d = ReIDDataLoaders.from_splits(s, **KW, in_memory=in_memory, num_workers=0)
+        for _ in d.train.new(shuffle=False, drop_last=False): pass
+
+def test_not_an_image():
+    with pytest.raises(ValueError, match='int.* cannot be read as an image'): read_image(3, (8,8))
+    with pytest.raises(ValueError, match='an array of float64'): read_image(np.zeros((3,3)), (8,8))
+
+# --- loaders
+
+def test_pk_structure(dls):
+    assert len(dls.train)==2 and dls.train.bs==12 # 30 images of eligible identities // 12
+    for _ in range(3):
+        bs = list(dls.train)
+        assert len(bs)==2
+        for x,pid,cam in bs:
+            assert x.shape==(12,3,32,16) and x.dtype==torch.float32 and 0<=x.min() and x.max()<=1
+            ids = pid.reshape(4,3)
+            assert (ids==ids[:,:1]).all() and len(ids[:,0].unique())==4 and (pid<dls.c).all()
+            assert dls.vocab[6]==9 and (pid!=6).all() # identity 9 has too few images
+            assert isinstance(x, TensorImage) and isinstance(pid, TensorCategory) and isinstance(cam, TensorCategory)
+    assert dls.train.epoch>=3
+
+def order(d): return [b[1].tolist()+b[2].tolist() for b in d.train]
+def test_epochs(market):
+    a,b = make_dls(market),make_dls(market)
+    o = [order(a) for _ in range(3)]
+    assert o[0]!=o[1]!=o[2] and [order(b) for _ in range(3)]==o
+    b.train.epoch = 1
+    assert order(b)==o[1] # as a resumed run would have it
+    assert order(make_dls(market, seed=7))!=o[0]
+
+def test_same_seed_same_pixels(market):
+    def f():
+        set_seed(3)
+        return torch.cat([b[0] for b in make_dls(market).train])
+    assert torch.equal(f(), f())
+
+def test_valid_is_in_order(dls):
+    s = dls.splits
+    want = pd.concat([s.query, s.gallery[s.gallery.pid!=JUNK_PID]], ignore_index=True)
+    pd.testing.assert_frame_equal(dls.test_df, want)
+    x,pid,cam = (torch.cat(o) for o in zip(*dls.valid))
+    assert [dls.vocab[o] for o in pid.tolist()]==want.pid.tolist() and cam.tolist()==want.camid.tolist()
+    for a,p in zip(x, want.path): assert np.array_equal((a*255).round().numpy(), read_image(s.root/p, (32,16))) # unaugmented, and the right file
+    assert JUNK_PID not in dls.test_df.pid.values and DISTRACTOR_PID in dls.test_df.pid.values
+
+def test_train_images_match_their_labels(market):
+    d = make_dls(market, batch_tfms=[])
+    by = {(r.pid,r.camid,read_image(d.splits.root/r.path, (32,16)).tobytes()) for r in d.splits.train.itertuples()}
+    for x,pid,cam in d.train:
+        for a,p,c in zip((x*255).round().byte(), pid.tolist(), cam.tolist()): assert (d.vocab[p],c,a.numpy().tobytes()) in by
+
+def test_vocab_and_c(dls):
+    assert dls.c==7 and list(dls.vocab)==[2,3,4,5,6,7,9,0,11,12,13,14] and dls.n_inp==1
+    assert dls.train_ds.decode(dls.train_ds[0])[1:]==('person 2', 'camera 1')
+    assert dls.valid_ds.decode(dls.valid_ds[0])[1:]==('person 11', 'camera 1')
+
+@pytest.mark.parametrize('num_workers', [0,2])
+def test_memory_and_files_agree(market, num_workers):
+    a,b = (make_dls(market, batch_tfms=[], in_memory=o, num_workers=n) for o,n in ((True,0), (False,num_workers)))
+    assert a.train._columns() is not None and b.train._columns() is None
+    for k in (0,1):
+        for p,q in zip(a[k], b[k], strict=True):
+            for o,r in zip(p, q, strict=True): assert torch.equal(o, r) and type(o) is type(r)
+
+def test_too_large_for_memory(market, monkeypatch):
+    monkeypatch.setattr(block, '_free_memory', lambda: 100_000)
+    with pytest.warns(UserWarning, match='46 images of 32×16 need 0.0 GB'): d = make_dls(market, num_workers=0)
+    assert d.train._columns() is None
+    assert make_dls(market, in_memory=True).train._columns() is not None
+
+def test_item_transforms_are_not_skipped(dls):
+    class Black(Transform):
+        order = 6
+        def encodes(self, x:TensorImage): return x*0
+    dls.valid.after_item.add(Black())
+    assert first(dls.valid)[0].max()==0
+
+def test_new(dls):
+    t = dls.train.new(shuffle=False, drop_last=False, bs=7)
+    assert [dls.vocab[o] for b in t for o in b[1].tolist()]==dls.splits.train.pid.tolist() and len(t)==5
+    assert len(dls.train.new())==2 and first(dls.train.new())[1].reshape(4,3).unique(dim=1).shape==(4,1)
+    with pytest.raises(ValueError, match='bs=7, but the batches are 4 identities × 3 images = 12'): dls.train.new(bs=7)
+
+def test_whole_batches_for_each_process(dls, monkeypatch):
+    "fastai's `DistributedDL` cuts the row numbers of an epoch into contiguous parts, one a process"
+    monkeypatch.setenv('WORLD_SIZE', '3')
+    assert len(dls.train)==3
+    idxs = np.array(dls.train.get_idxs())
+    pids = dls.splits.train.pid.values
+    for part in np.split(idxs, 3): assert len(set(pids[part]))==4 and (pids[part].reshape(4,3)==pids[part].reshape(4,3)[:,:1]).all()
+
+def test_junk_is_nowhere(tmp_path, market):
+    df = read_dataset(market).df
+    df.loc[0,'pid'] = JUNK_PID
+    d = ReIDDataLoaders.from_df(df, market, **KW)
+    assert JUNK_PID not in d.vocab and len(d.train_ds)==31
+
+def test_bad_input(market):
+    df = read_dataset(market).df
+    f = lambda df=df,**kw: ReIDDataLoaders.from_df(df, market, **{**KW, **kw})
+    for size in (64, (64,), (0,32), 'ab'):
+        with pytest.raises(ValueError, match='pass \\(height, width\\)'): f(size=size)
+    for o in ('train','query','gallery'):
+        with pytest.raises(ValueError, match=f'no images for `{o}`'): f(df[df.split!=o])
+    with pytest.raises(ValueError, match='n_pids=9, but only 6 of 7'): f(n_pids=9)
+    with pytest.raises(ValueError, match='0 means distractor'): f(df.assign(pid=df.pid.where(df.split!='query', 0)))
+    with pytest.raises(ValueError, match='1 images are in `train` and in a test split'): f(pd.concat([df, df[df.split=='query'][:1].assign(split='train')]))
+    with pytest.raises(ValueError, match='cannot be read as an image'): ReIDDataLoaders.from_df(df, **KW) # the root forgotten
+
+def test_overlapping_identities_are_fine(market):
+    df = read_dataset(market).df
+    d = ReIDDataLoaders.from_df(df.assign(pid=df.pid.replace(11, 2)), market, **KW)
+    assert d.c==7 and d.vocab[0]==2 and 11 not in d.vocab
+
+# --- test loaders, export
+
+def test_test_dl(dls, market, monkeypatch):
+    want = torch.cat([b[0] for b in dls.valid])[:4]
+    q = dls.splits.query
+    files = [market/o for o in q.path]
+    for items in (files, list(map(str, files)), [Image.open(o) for o in files], [o.read_bytes() for o in files], q, q[['path']]):
+        t = dls.test_dl(items)
+        b = t.one_batch()
+        assert len(b)==1 and torch.equal(b[0], want) and t.n_inp==1
+    x,pid,cam = dls.test_dl(q, with_labels=True, bs=2).one_batch()
+    assert [dls.vocab[o] for o in pid.tolist()]==q.pid[:2].tolist() and cam.tolist()==q.camid[:2].tolist()
+    assert dls.test_dl(q, with_labels=True).n_inp==1
+    with pytest.raises(ValueError, match='with_labels=True needs a DataFrame'): dls.test_dl(files, with_labels=True)
+    with pytest.raises(ValueError, match='Identity 99 is in no split'): dls.test_dl(q.assign(pid=99), with_labels=True).one_batch()
+
+class Net(nn.Module):
+    def __init__(self): super().__init__(); self.l = nn.Linear(3*32*16, 7)
+    def forward(self, x): return self.l(x.flatten(1))
+def ce(out, pid, camid): return F.cross_entropy(out, pid.clamp(max=6))
+
+def test_learner_and_export(dls, market, tmp_path):
+    learn = Learner(dls, Net(), ce, path=tmp_path)
+    with learn.no_logging(): learn.fit(1)
+    assert 'Linear' in learn.summary()
+    preds,(pid,cam) = learn.get_preds()
+    assert [dls.vocab[o] for o in pid.tolist()]==dls.test_df.pid.tolist() and cam.tolist()==dls.test_df.camid.tolist()
+    _,(pid,_) = learn.get_preds(ds_idx=0)
+    assert [dls.vocab[o] for o in pid.tolist()]==dls.splits.train.pid.tolist()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.export()
+        again = load_learner(tmp_path/'export.pkl')
+    files = [market/o for o in dls.splits.query.path]
+    assert again.dls.splits is None and again.dls.vocab==dls.vocab and again.dls.c==7 and len(again.dls.train_ds)==0
+    assert torch.allclose(again.get_preds(dl=again.dls.test_dl(files))[0], preds[:4])
+    assert torch.allclose(again.predict(files[1])[2], preds[1])
+    assert torch.allclose(learn.predict(files[1])[2], preds[1])
+    assert dls.valid._columns() is not None # export leaves the loaders as they were
+
+def test_memory_is_not_pickled(dls):
+    n = dls.train._columns()[0].numel()
+    assert len(pickle.dumps(dls.new_empty()))<n/2
+    d = pickle.loads(pickle.dumps(dls))
+    assert torch.equal(d.valid.one_batch()[0], dls.valid.one_batch()[0])
+
+def test_memory_reads_each_file_once(market, monkeypatch):
+    seen = []
+    def read(o, size): seen.append(o); return read_image(o, size)
+    monkeypatch.setattr(block, 'read_image', read)
+    d = make_dls(market)
+    for _ in range(2): list(d.train), list(d.valid)
+    assert len(seen)==len(set(seen))==46 # 32 + 4 + 10; junk is not read
