@@ -74,12 +74,16 @@ class ImageMemory:
         try: return torch.tensor([self.index[p] for p in paths], dtype=torch.long)
         except KeyError: return None
 
-# %% ../../nbs/08_data.block.ipynb #938ded7b
+# %% ../../nbs/08_data.block.ipynb #ae4b99f0
+def _number(fn, pattern):
+    "The number that `pattern` finds in file `fn`, if any"
+    m = re.search(pattern, Path(fn).read_text()) if os.path.exists(fn) else None
+    return m and int(m[1])
+
 def _free_memory():
     "Bytes of memory that are free, within the container's limit; 8 GB where the system does not say"
-    free = [int(m[1])*1024 for f in ('/proc/meminfo',) if os.path.exists(f) and (m := re.search(r'MemAvailable:\s+(\d+)', Path(f).read_text()))]
-    free += [int(s) for f in ('/sys/fs/cgroup/memory.max',) if os.path.exists(f) and (s := Path(f).read_text().strip()).isdigit()]
-    return min(free, default=8<<30)
+    kb,limit = _number('/proc/meminfo', r'MemAvailable:\s+(\d+)'),_number('/sys/fs/cgroup/memory.max', r'(\d+)')
+    return min(L(kb and kb*1024, limit).filter(), default=8<<30)
 
 def _fits(n, size):
     "Whether `n` images are to be kept in memory; says so if not"
@@ -194,16 +198,15 @@ def create_batches(self:ReIDDL, samps):
     x,rows,ys = cols
     return ((TensorImage(x[rows[i]]), *(y[i] for y in ys)) for i in chunked(samps, self.bs, self.drop_last))
 
-# %% ../../nbs/08_data.block.ipynb #7e093c23
+# %% ../../nbs/08_data.block.ipynb #18f0d0ed
 @patch
 def show_batch(self:ReIDDL, b=None, max_n=None, ncols=None, figsize=None, **kwargs):
     "Show images with identity and camera; of a PK batch, an identity a row"
     if self._pk: ncols = ifnone(ncols, self.sampler.n_imgs); max_n = ifnone(max_n, 3*ncols)
-    max_n = ifnone(max_n, 9)
-    if b is None: b = self.one_batch()
-    n,(h,w) = min(max_n, len(b[0])),b[0].shape[-2:]
+    n = min(ifnone(max_n, 9), self.n)
+    h,w = self.dataset[0][0].shape[-2:]
     ncols = ifnone(ncols, min(n, 9))
-    return super(ReIDDL, self).show_batch(b, max_n, ncols=ncols, figsize=ifnone(figsize, (1.1*ncols, (1.1*h/w+.4)*-(-n//ncols))), **kwargs)
+    return super(ReIDDL, self).show_batch(b, n, ncols=ncols, figsize=ifnone(figsize, (1.1*ncols, (1.1*h/w+.4)*-(-n//ncols))), **kwargs)
 
 # %% ../../nbs/08_data.block.ipynb #ddea3876
 @patch
