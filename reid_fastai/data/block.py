@@ -50,7 +50,7 @@ def read_image(
         raise ValueError(f'{o if isinstance(o, (str,Path)) else type(o)} cannot be read as an image: {e}. Replace it, or leave it out.') from e
     return np.asarray(im).transpose(2,0,1)
 
-# %% ../../nbs/08_data.block.ipynb #c7c2afc2
+# %% ../../nbs/08_data.block.ipynb #bc5d7c6a
 class ImageMemory:
     "Images decoded once, by several threads, and kept as bytes"
     def __init__(self,
@@ -69,8 +69,10 @@ class ImageMemory:
             for _ in progress(ex.map(f, chunks), 'Decoding images', len(chunks)): pass
         finally: ex.shutdown(cancel_futures=True)
 
-    def rows(self, paths):
-        "(n,) long, where `paths` are in `x`; None if one of them is not"
+    def rows(self,
+        paths # Image files
+    ) -> torch.Tensor|None: # (n,) long; None if one of them is not in memory
+        "Where `paths` are in `x`"
         try: return torch.tensor([self.index[p] for p in paths], dtype=torch.long)
         except KeyError: return None
 
@@ -152,10 +154,17 @@ def CamBlock(
     "A `TransformBlock` for cameras"
     return TransformBlock(type_tfms=Camera())
 
-# %% ../../nbs/08_data.block.ipynb #d00afea8
+# %% ../../nbs/08_data.block.ipynb #26c6104b
 class ReIDDL(TfmdDL):
     "A `TfmdDL` that takes images from memory, and shuffles into PK batches"
-    def __init__(self, dataset=None, bs=64, shuffle=False, num_workers=0, sampler=None, **kwargs):
+    def __init__(self,
+        dataset=None, # What to load: `Datasets` of images, identities and cameras
+        bs:int=64, # Images in a batch; that of `sampler` where there is one
+        shuffle:bool=False, # Whether to draw PK batches, or without a `sampler` to shuffle
+        num_workers:int=0, # Loader processes; images in memory need none
+        sampler:PKSampler|None=None, # Draws the batches
+        **kwargs # For `TfmdDL`
+    ):
         self.sampler,self.epoch = sampler,0
         if shuffle and sampler is not None and bs!=sampler.bs:
             raise ValueError(f'bs={bs}, but the batches are {sampler.n_pids} identities × {sampler.n_imgs} images = {sampler.bs}. '
@@ -198,9 +207,15 @@ def create_batches(self:ReIDDL, samps):
     x,rows,ys = cols
     return ((TensorImage(x[rows[i]]), *(y[i] for y in ys)) for i in chunked(samps, self.bs, self.drop_last))
 
-# %% ../../nbs/08_data.block.ipynb #18f0d0ed
+# %% ../../nbs/08_data.block.ipynb #399aba20
 @patch
-def show_batch(self:ReIDDL, b=None, max_n=None, ncols=None, figsize=None, **kwargs):
+def show_batch(self:ReIDDL,
+    b=None, # Batch to show; None: the next
+    max_n:int|None=None, # How many images at most; None: three identities of a PK batch, else 9
+    ncols:int|None=None, # Images in a row
+    figsize:tuple|None=None, # (width, height), inches
+    **kwargs # For fastai's `show_batch`
+):
     "Show images with identity and camera; of a PK batch, an identity a row"
     if self._pk: ncols = ifnone(ncols, self.sampler.n_imgs); max_n = ifnone(max_n, 3*ncols)
     n = min(ifnone(max_n, 9), self.n)
@@ -208,9 +223,13 @@ def show_batch(self:ReIDDL, b=None, max_n=None, ncols=None, figsize=None, **kwar
     ncols = ifnone(ncols, min(n, 9))
     return super(ReIDDL, self).show_batch(b, n, ncols=ncols, figsize=ifnone(figsize, (1.1*ncols, (1.1*h/w+.4)*-(-n//ncols))), **kwargs)
 
-# %% ../../nbs/08_data.block.ipynb #ddea3876
+# %% ../../nbs/08_data.block.ipynb #77c15642
 @patch
-def decode_batch(self:ReIDDL, b, max_n=9, full=True):
+def decode_batch(self:ReIDDL,
+    b, # Batch of images, and targets or predictions
+    max_n:int=9, # How many items at most
+    full:bool=True # Whether to decode all the way to a title
+) -> L: # Tuples, an item each
     "Decode images and targets; beside anything else, such as embeddings, decode the images alone"
     if len(b)==len(self.dataset.tls): return super(ReIDDL, self).decode_batch(b, max_n, full)
     x = self.after_batch.decode((TensorImage(b[0]),))[0]
