@@ -93,7 +93,8 @@ def test_msmt(folders, tmp_path):
                     query='0000/0000_000_07_a.jpg 0\n', gallery='0000/0000_000_15_a.jpg 0\n').items(): (tmp_path/f'list_{f}.txt').write_text(t)
     s = read_dataset(tmp_path)
     assert detect_layout(tmp_path) is MSMT17
-    assert s.train.pid.tolist()==[1,3,2] and s.query.pid.tolist()==s.gallery.pid.tolist()==[4] # nobody is 0; test identity 0 is not training identity 0
+    # nobody is 0; test identity 0 is not training identity 0
+    assert s.train.pid.tolist()==[1,3,2] and s.query.pid.tolist()==s.gallery.pid.tolist()==[4]
     assert s.train.path[0]==f'{folders[0]}/0000/0000_000_01_a.jpg' and s.query.path[0].startswith(folders[1])
     assert s.df.camid.tolist()==[1,3,2,7,15]
 
@@ -109,7 +110,8 @@ def test_layout_errors(market, tmp_path):
         with pytest.raises(ValueError, match='is a file. Unpack'): f(market/'query'/'Thumbs.db')
     with pytest.raises(ValueError) as e: read_dataset(touch(tmp_path/'holiday', 'beach.jpg'))
     assert all(l.name in str(e.value) for l in layouts) and 'bounding_box_train' in str(e.value) and 'beach.jpg' in str(e.value)
-    with pytest.raises(ValueError, match='`query`, `bounding_box_test` missing'): Market1501(touch(tmp_path/'half', f'bounding_box_train/{NAMES[Market1501]}'))
+    half = touch(tmp_path/'half', f'bounding_box_train/{NAMES[Market1501]}')
+    with pytest.raises(ValueError, match='`query`, `bounding_box_test` missing'): Market1501(half)
     (tmp_path/'none').mkdir()
     with pytest.raises(ValueError, match='Found there: nothing'): read_dataset(tmp_path/'none')
 
@@ -140,7 +142,8 @@ def test_draws(n, k, times, seed):
     per = n//k
     for i in range(0, times, per): assert len(set(o[i:i+per].flat))==o[i:i+per].size # nothing twice between two shuffles
 
-pk = st.tuples(st.lists(st.integers(1,9), min_size=1, max_size=25), st.integers(1,6), st.integers(1,4), st.integers(0,5), st.integers(0,50), st.randoms())
+pk = st.tuples(st.lists(st.integers(1,9), min_size=1, max_size=25),
+               st.integers(1,6), st.integers(1,4), st.integers(0,5), st.integers(0,50), st.randoms())
 
 @settings(deadline=None)
 @given(pk)
@@ -250,14 +253,16 @@ def test_exif(orientation, ext, tmp_path):
     "Stored as a camera with this orientation would store it, an image comes out upright"
     up = np.zeros((60,40,3), np.uint8); up[:30,:20] = 250; up[30:,20:,0] = 250
     T = Image.Transpose
-    undo = {1: None, 2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_90, 7: T.TRANSVERSE, 8: T.ROTATE_270}[orientation]
+    undo = {1: None, 2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE,
+            6: T.ROTATE_90, 7: T.TRANSVERSE, 8: T.ROTATE_270}[orientation]
     im = Image.fromarray(up)
     exif = Image.Exif(); exif[0x0112] = orientation
     (im.transpose(undo) if undo is not None else im).save(tmp_path/f'a.{ext}', exif=exif, **({} if ext=='png' else dict(quality=100, subsampling=0)))
     o = read_image(tmp_path/f'a.{ext}', (60,40)).transpose(1,2,0)
     assert np.abs(o.astype(int)-up).mean()<2
 
-@pytest.mark.parametrize('mode,ext', [('L','png'), ('RGBA','png'), ('P','png'), ('1','png'), ('LA','png'), ('CMYK','jpg'), ('L','jpg'), ('RGB','webp')])
+@pytest.mark.parametrize('mode,ext', [('L','png'), ('RGBA','png'), ('P','png'), ('1','png'), ('LA','png'), ('CMYK','jpg'),
+                                      ('L','jpg'), ('RGB','webp')])
 def test_modes(mode, ext, tmp_path):
     im = Image.fromarray(np.full((40,20,3), 200, np.uint8)).convert(mode)
     im.save(tmp_path/f'a.{ext}')
@@ -401,7 +406,8 @@ def test_bad_input(market):
         with pytest.raises(ValueError, match=f'no images for `{o}`'): f(df[df.split!=o])
     with pytest.raises(ValueError, match='n_pids=9, but only 6 of 7'): f(n_pids=9)
     with pytest.raises(ValueError, match='0 means distractor'): f(df.assign(pid=df.pid.where(df.split!='query', 0)))
-    with pytest.raises(ValueError, match='1 images are in `train` and in a test split'): f(pd.concat([df, df[df.split=='query'][:1].assign(split='train')]))
+    leak = pd.concat([df, df[df.split=='query'][:1].assign(split='train')])
+    with pytest.raises(ValueError, match='1 images are in `train` and in a test split'): f(leak)
     with pytest.raises(ValueError, match='cannot be read as an image'): ReIDDataLoaders.from_df(df, **KW) # the root forgotten
 
 def test_overlapping_identities_are_fine(market):

@@ -256,7 +256,7 @@ def _check_parts(splits, size):
 
 def _absolute(df, root): return df.assign(path=[str(o if root is None else Path(root)/o) for o in df.path])
 
-# %% ../../nbs/08_data.block.ipynb #782c06d2
+# %% ../../nbs/08_data.block.ipynb #69ef74df
 @patch(cls_method=True)
 def from_splits(cls:ReIDDataLoaders,
     splits:ReIDSplits, # What to load
@@ -283,7 +283,8 @@ def from_splits(cls:ReIDDataLoaders,
                        getters=[ItemPath(), ColReader('pid'), ColReader('camid')], splitter=IndexSplitter(range(len(parts[0]), len(df))),
                        batch_tfms=ifnone(batch_tfms, reid_augs(round(10*size[1]/128))))
     if num_workers is None: num_workers = 0 if mem else min(16, os.cpu_count() or 1)
-    dls = dblock.dataloaders(df, path=path, bs=sampler.bs, val_bs=val_bs, num_workers=num_workers, device=device, dl_kwargs=[dict(sampler=sampler),{}])
+    dls = dblock.dataloaders(df, path=path, bs=sampler.bs, val_bs=val_bs, num_workers=num_workers, device=device,
+                             dl_kwargs=[dict(sampler=sampler),{}])
     res = cls(*dls.loaders, path=path, device=dls.device)
     res.splits,res.test_df = splits,test_df
     return res
