@@ -16,7 +16,7 @@ from matplotlib.colors import PowerNorm
 from .regularizer import *
 from ..regularizers import KINDS
 
-# %% ../../nbs/13_callback.history.ipynb #6ae33ffe
+# %% ../../nbs/13_callback.history.ipynb #946ea1a6
 def _check_history(history):
     if history.epoch.nunique()<2: raise ValueError(f'The history holds {history.epoch.nunique()} epochs, needed at least 2 (the start and one more): call `fit` first.')
     return [k for k in KINDS if (history.kind==k).any()]
@@ -42,9 +42,9 @@ def plot_lambda_hist(
         ax.plot(of_kind.groupby('epoch').lam.mean(), c='crimson', lw=1.2, label='mean')
         a = _of_kind(amplitude, kind)
         if a: ax.axhline(a/2, c='grey', ls=':', lw=1)
-        ax.set(title=f'{kind} ({of_kind.name.nunique()} arrays)' + (f', A = {a:g}' if a and isinstance(amplitude, dict) else ''), xlabel='epoch', xlim=(-.5, n+.5))
+        ax.set(title=f'{kind} (N = {of_kind.name.nunique()})' + (f', A = {a:g}' if a and isinstance(amplitude, dict) else ''), xlabel='epoch', xlim=(-.5, n+.5))
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.ticklabel_format(axis='y', style='sci', scilimits=(-2,2), useMathText=True)
+        ax.ticklabel_format(axis='y', style='plain')
     axs[0].set_ylabel('λ')
     axs[0].legend(loc='lower left', frameon=False)
     fig = axs[0].figure
@@ -52,7 +52,7 @@ def plot_lambda_hist(
     if a and not isinstance(amplitude, dict): fig.suptitle(f'Histogram of λ at each epoch (A = {a:g}, dotted: A/2, where λ starts)', fontsize='medium')
     return axs
 
-# %% ../../nbs/13_callback.history.ipynb #f12e9a5f
+# %% ../../nbs/13_callback.history.ipynb #0bc727d8
 def plot_lambdas(
     history:pd.DataFrame, # As the callbacks keep it: columns `epoch`, `name`, `kind`, `lam`, arrays in the network's order
     amplitude:float|dict|None=None, # A, to be stated
@@ -63,18 +63,19 @@ def plot_lambdas(
     wide = history.pivot(index='name', columns='epoch', values='lam')
     ids = history[history.epoch==history.epoch.min()]
     blocks = {k: list(ids.name[ids.kind==k]) for k in kinds}
-    rows = [n for b in blocks.values() for n in b]
-    if ax is None: ax = plt.subplots(figsize=(7, 1.6+.02*max(len(rows), 120)), layout='constrained')[1]
-    im = ax.imshow(wide.loc[rows], aspect='auto', interpolation='nearest', vmin=0, cmap='viridis')
-    ends = np.cumsum([len(b) for b in blocks.values()])
-    for end in ends[:-1]: ax.axhline(end-.5, c='white', lw=2)
-    for k,end in zip(kinds, ends):
-        ax.annotate(k, (1.01, end-.5-len(blocks[k])/2), xycoords=('axes fraction','data'), rotation=0 if len(blocks[k])<20 else 90, va='center')
-    marks = sorted({i for k,e in zip(kinds, ends) for i in ((e-len(blocks[k]), e-1) if len(blocks[k])>=12 else (e-1,))})
-    ax.set_yticks(marks, [_shorten(rows[i]) for i in marks], fontsize='small')
+    gap = 1+len(ids)//50  # rows of nothing between the blocks
+    starts = np.cumsum([0]+[len(b)+gap for b in blocks.values()][:-1])
+    img = np.full((starts[-1]+len(last(blocks.values())), wide.shape[1]), np.nan)
+    if ax is None: ax = plt.subplots(figsize=(7, 1.6+.02*max(len(img), 120)), layout='constrained')[1]
+    for (k,names),start in zip(blocks.items(), starts):
+        img[start:start+len(names)] = wide.loc[names]
+        ax.annotate(f'{k} ({len(names)})', (1.01, start+(len(names)-1)/2), xycoords=('axes fraction','data'), va='center')
+    im = ax.imshow(img, aspect='auto', interpolation='nearest', vmin=0, cmap='viridis')
+    ax.set_yticks(starts, [_shorten(b[0]) for b in blocks.values()], fontsize='small')
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel='epoch', ylabel='array, from input to output', title='λ of each array' + (f' (A = {amplitude})' if amplitude else ''))
-    ax.figure.colorbar(im, ax=ax, label='λ', pad=.07)
+    ax.spines[:].set_visible(False)
+    ax.figure.colorbar(im, ax=ax, label='λ', pad=.12)
     return ax
 
 def _shorten(s, n=26): return s if len(s)<=n else '…'+s[-n+1:]
