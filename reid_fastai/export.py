@@ -46,7 +46,7 @@ def save_model(
     atomic_write(path, save(arrays, {_key: json.dumps(meta)}))
     return Path(path)
 
-# %% ../nbs/18_export.ipynb #e4bb5487
+# %% ../nbs/18_export.ipynb #657cbfdc
 def read_meta(
     path:str|Path # File of `save_model`
 ) -> dict: # 'arch', 'n_classes', 'regions', 'size', 'version', 'format', and the notes
@@ -58,10 +58,10 @@ def read_meta(
     if _key not in meta: raise ValueError(f'{path} is not a file of `save_model`: its metadata are {sorted(meta)} and lack {_key!r}.')
     meta = json.loads(meta[_key])
     if meta['format']>_format:
-        raise ValueError(f'{path} is of format {meta["format"]}, and reid_fastai {__version__} reads up to {_format}: version {meta["version"]} wrote it.')
+        raise ValueError(f'{path} is of format {meta["format"]}, by reid_fastai {meta["version"]}; version {__version__} reads up to {_format}.')
     return {**meta, 'size': tuple(meta['size'])}
 
-# %% ../nbs/18_export.ipynb #9665f371
+# %% ../nbs/18_export.ipynb #cb8c1f0a
 def load_model(
     path:str|Path, # File of `save_model`
     device:str|torch.device='cpu' # Where to put the network
@@ -72,12 +72,12 @@ def load_model(
     with safe_open(path, 'pt') as f: arrays = {k: f.get_tensor(k) for k in f.keys()}
     own = net.state_dict()
     if bad := sorted(k for k in {*own, *arrays} if k not in own or k not in arrays or own[k].shape!=arrays[k].shape):
-        raise ValueError(f'{path} does not fit the {meta["arch"]} it claims to be: {len(bad)} of {len(own)} arrays are missing, foreign or of another '
-                         f'shape, first {bad[0]!r}. It was written by reid_fastai {meta["version"]}, perhaps beside another version of timm.')
+        raise ValueError(f'{path} does not fit the {meta["arch"]} it claims to be: {len(bad)} of {len(own)} arrays are missing, foreign or of '
+                         f'another shape, first {bad[0]!r}. It was written by reid_fastai {meta["version"]}, perhaps beside another version of timm.')
     net.load_state_dict(arrays)
     return net.eval().lay_out(device).to(device)
 
-# %% ../nbs/18_export.ipynb #74a7443c
+# %% ../nbs/18_export.ipynb #90b6d545
 class Embedder:
     "From images to embeddings"
     def __init__(self,
@@ -97,7 +97,8 @@ class Embedder:
             return ((self.net(x)+self.net(x.flip(3)))/2 if flip else self.net(x)).cpu()
         if isinstance(images, (str,Path,bytes,np.ndarray,Image.Image)): images = [images]
         batches = list(chunked(images, bs))
-        return torch.cat([embed(o) for o in progress(batches, 'Embedding')]) if batches else torch.empty(0, self.net.n_features)
+        if not batches: return torch.empty(0, self.net.n_features)
+        return torch.cat([embed(o) for o in (progress(batches, 'Embedding') if len(batches)>1 else batches)])
 
 def load_embedder(
     path:str|Path, # File of `save_model`

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ReIDOutput', 'resolve_arch', 'ObjectiveHead', 'ReIDNet', 'build_reid_net', 'reid_splitter']
 
-# %% ../nbs/03_models.ipynb #2e25e16e
-import copy
+# %% ../nbs/03_models.ipynb #da61053b
+import copy,warnings
 from collections import OrderedDict,namedtuple
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -135,12 +135,14 @@ def _split(chain, calls, name, x):
         _refuse(name, f'with stride 1 in its last stage, {tuple(before[2:])} px became {tuple(after[2:])} and not twice as many')
     return chain[:cut],chain[cut:],after[1]
 
-# %% ../nbs/03_models.ipynb #a3f5035f
+# %% ../nbs/03_models.ipynb #2a321775
 def _body(m, name):
     "Trunk, last stage and number of features of the classifier `m`"
     x,training = torch.rand(1, 3, 128, 96),m.training
     m.eval()
-    with torch.no_grad(): trunk,stage,n = _split(*_chain(m, name, x), name, x)
+    with torch.no_grad(),warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message="Using padding='same'")  # costs a copy of a small map
+        trunk,stage,n = _split(*_chain(m, name, x), name, x)
     m.train(training)
     return trunk,stage,n
 
