@@ -26,7 +26,7 @@ class EuclideanDistance(LpDistance):
         "Distances of all pairs"
         return torch.cdist(query_emb, query_emb if ref_emb is None else ref_emb, compute_mode='donot_use_mm_for_euclid_dist')
 
-# %% ../nbs/02_losses.ipynb #3307401f
+# %% ../nbs/02_losses.ipynb #5ccf50e6
 class BatchHardTriplet(nn.Module):
     "Batch-hard triplet loss with soft margin on Euclidean distances"
     def __init__(self):
@@ -40,10 +40,8 @@ class BatchHardTriplet(nn.Module):
         pid:torch.Tensor # (n,) identities, of any numbering
     ) -> torch.Tensor: # Scalar, float32 or finer; 0 if no image has both a positive and a negative
         "Mean loss of the anchors"
-        # float16 has 3 digits, and the loss is a difference of distances
-        with torch.autocast(emb.device.type, enabled=False):
-            emb = emb.float() if emb.dtype in (torch.float16, torch.bfloat16) else emb
-            return self.loss(emb, pid, self.miner(emb, pid))
+        emb = emb.float() if emb.dtype in (torch.float16,torch.bfloat16) else emb  # a difference of distances needs more than 3 digits
+        return self.loss(emb, pid, self.miner(emb, pid))
 
 # %% ../nbs/02_losses.ipynb #2b470b8c
 def _plain(x):

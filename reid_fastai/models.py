@@ -30,7 +30,7 @@ class ReIDOutput(namedtuple('ReIDOutput', 'embeddings logits')):
     __slots__ = ()
     def __new__(cls, embeddings, logits=None): return super().__new__(cls, *(embeddings if logits is None else (embeddings, logits)))
 
-# %% ../nbs/03_models.ipynb #e9777a64
+# %% ../nbs/03_models.ipynb #07188e01
 _plain_resnets = {f'resnet{n}' for n in (18,34,50,101,152)}
 _tv = 'torchvision/'
 
@@ -39,7 +39,8 @@ def resolve_arch(
 ) -> str: # A name in timm, or `torchvision/` and a name in torchvision
     "The one name of an architecture"
     name,models = arch,torchvision.models.list_models(module=torchvision.models)
-    if callable(arch): name = (_tv if arch.__module__.startswith('torchvision') else '')+arch.__name__
+    if callable(arch): name = (_tv if arch.__module__.startswith('torchvision') else '')+getattr(arch, '__name__', repr(arch))
+    if not isinstance(name, str): raise ValueError(f'arch={arch!r} must be the name of an architecture, such as "resnet50", or the function that builds it.')
     if name in _plain_resnets: return f'{name}.tv_in1k'
     if timm.is_model(name):
         try: timm.get_pretrained_cfg(name)
@@ -303,14 +304,14 @@ def lay_out(self:ReIDNet,
     last = depthwise and torch.device(device).type=='cpu'
     return self.to(memory_format=torch.channels_last if last else torch.contiguous_format)
 
-# %% ../nbs/03_models.ipynb #8e4dfaa2
+# %% ../nbs/03_models.ipynb #99de3770
 def _check_size(n_classes, regions):
     for k,v,low in (('n_classes', n_classes, 1), ('regions', regions, 0)):
         if isinstance(v, bool) or not isinstance(v, int) or v<low: raise ValueError(f'{k}={v!r} must be an integer of at least {low}.')
 
 def build_reid_net(
-    arch:str|Callable='resnet50', # Backbone of timm or torchvision, see `resolve_arch`
-    n_classes:int=751, # Identities to train on
+    arch:str|Callable, # Backbone of timm or torchvision, see `resolve_arch`
+    n_classes:int, # Identities to train on
     regions:int=2, # Horizontal strips with a branch each; 0 for the light head
     pretrained:bool|str|Path=True # Weights of the backbone: True to look for them, False for random ones, or a file
 ) -> ReIDNet:

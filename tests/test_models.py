@@ -195,6 +195,7 @@ def test_unknown_arch():
     with pytest.raises(ValueError, match=r"No architecture 'resnet5O' .*Close to it: \['resnet50'"): resolve_arch('resnet5O')
     with pytest.raises(ValueError, match='Invalid pretrained tag'): resolve_arch('resnet50.nonsense')
     with pytest.raises(ValueError, match="No architecture 'build'"): resolve_arch(build)
+    with pytest.raises(ValueError, match='arch=50 must be the name'): resolve_arch(50)
 
 @pytest.mark.parametrize('kw', [dict(n_classes=0), dict(n_classes=2.), dict(regions=-1), dict(regions=True)])
 def test_bad_numbers(kw):
