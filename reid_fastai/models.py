@@ -30,7 +30,7 @@ class ReIDOutput(namedtuple('ReIDOutput', 'embeddings logits')):
     __slots__ = ()
     def __new__(cls, embeddings, logits=None): return super().__new__(cls, *(embeddings if logits is None else (embeddings, logits)))
 
-# %% ../nbs/03_models.ipynb #07188e01
+# %% ../nbs/03_models.ipynb #97509f18
 _plain_resnets = {f'resnet{n}' for n in (18,34,50,101,152)}
 _tv = 'torchvision/'
 
@@ -40,11 +40,11 @@ def resolve_arch(
     "The one name of an architecture"
     name,models = arch,torchvision.models.list_models(module=torchvision.models)
     if callable(arch): name = (_tv if arch.__module__.startswith('torchvision') else '')+getattr(arch, '__name__', repr(arch))
-    if not isinstance(name, str): raise ValueError(f'arch={arch!r} must be the name of an architecture, such as "resnet50", or the function that builds it.')
+    if not isinstance(name, str): raise ValueError(f'arch={arch!r} must be the name of an architecture, or a function that builds one.')
     if name in _plain_resnets: return f'{name}.tv_in1k'
     if timm.is_model(name):
         try: timm.get_pretrained_cfg(name)
-        except RuntimeError as e: raise ValueError(f'{name}: {e} timm knows {timm.list_models(name.split(".")[0]+".*", pretrained=True)}.') from e
+        except RuntimeError as e: raise ValueError(f'{e} timm knows {timm.list_models(name.split(".")[0]+".*", pretrained=True)}.') from e
         return name
     if name.removeprefix(_tv) in models: return _tv+name.removeprefix(_tv)
     close = get_close_matches(name.removeprefix(_tv), {*timm.list_models(), *models}, n=5)
