@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['JUNK_PID', 'DISTRACTOR_PID', 'ReIDSplits', 'cache_home', 'atomic_dir', 'atomic_write', 'progress']
 
-# %% ../nbs/00_core.ipynb #ae7b9d50
+# %% ../nbs/00_core.ipynb #f9ed2200
 import os,shutil,tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 from fastcore.all import *
+from fastcore.xdg import xdg_cache_home
 from tqdm.std import tqdm
 
 # %% ../nbs/00_core.ipynb #7f377059

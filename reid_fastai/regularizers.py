@@ -40,13 +40,19 @@ def param_kinds(
         return ('beta' if shift else 'gamma') if owner in norms else 'bias' if shift else 'kernel'
     return {n: kind(n) for n,_ in model.named_parameters() if n!=THETA}
 
-# %% ../nbs/01_regularizers.ipynb #bb8c4030
+# %% ../nbs/01_regularizers.ipynb #78e707ad
 def _sq_norms(ws):
     "`‖w‖²` of each array of the list `ws` → (N,), float32 or finer"
     dtype = reduce(torch.promote_types, {w.dtype for w in ws}, torch.float32)
-    if ws[0].is_cuda: return torch.stack(torch._foreach_norm(ws, dtype=dtype)).square()
-    # On a CPU `_foreach_norm` is a loop over arrays, and its running sum loses 3 digits on large ones; a dot product is as fast and loses none
-    return torch.stack([torch.dot(v, v) for v in (w.detach().to(dtype).reshape(-1) for w in ws)])
+    if ws[0].device.type!='cpu': return torch.stack(torch._foreach_norm(ws, dtype=dtype)).square()
+    # On a CPU `_foreach_norm` is a loop over arrays, and its running sum loses 3 digits on large ones
+    return torch.stack([_sq_norm(w.detach().to(dtype).reshape(-1)) for w in ws])
+
+def _sq_norm(v, n=512):
+    "`‖v‖²` of a vector: its own precision within rows of `n`, float64 across them, so that rounding errors do not add up"
+    k = len(v)//n*n
+    rows = torch.linalg.vector_norm(v[:k].view(-1, n), dim=1).double()
+    return (rows@rows + v[k:].double().square().sum()).to(v.dtype)
 
 class _WeightedSqNorms(torch.autograd.Function):
     "`Σ_n λ_n ‖w_n‖²`"

@@ -94,7 +94,7 @@ class L2Callback(Callback):
         learn.opt_func,learn.splitter = self._restore
         learn.metrics = [m for m in learn.metrics if m is not self._metric]
 
-# %% ../../nbs/12_callback.regularizer.ipynb #6bed2fba
+# %% ../../nbs/12_callback.regularizer.ipynb #98c0ee86
 @patch
 def _build(self:L2Callback, learn):
     "Make the regulariser, unless the one at hand is of this very model"
@@ -122,7 +122,7 @@ def _join(self:L2Callback):
 def before_fit(self:L2Callback):
     self._build(self.learn)
     self._join()
-    if wd := max(h.get('wd') or 0 for h in self.opt.hypers): _refuse_wd(wd)
+    if self.opt is not None and (wd := max(h.get('wd') or 0 for h in self.opt.hypers)): _refuse_wd(wd)  # `validate` comes by without one
 
 # %% ../../nbs/12_callback.regularizer.ipynb #670c963b
 @patch

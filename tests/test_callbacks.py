@@ -1,0 +1,303 @@
+"The callbacks in fastai's training loop: every trap has a test that fails without its rule"
+import os, tempfile, warnings
+from functools import partial
+
+import numpy as np, pandas as pd, pytest, torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from fastai.basics import *
+from fastai.callback.all import *
+from fastai.tabular.all import TabularDataLoaders, tabular_learner, Normalize, Categorify
+from fastai.vision.all import ImageBlock, CategoryBlock, DataBlock, vision_learner
+from torch import nn
+
+from reid_fastai.callback.regularizer import *
+from reid_fastai.callback.history import *
+from reid_fastai.regularizers import *
+
+for o in [o for o in globals() if o.startswith('test')]: del globals()[o]  # fastai exports helpers that pytest would take for tests
+
+def net(): return nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)), nn.Linear(8, 1))
+def halves(m): return [params(m[0]), params(m[1])]
+def dls(n=32, bs=8):
+    torch.manual_seed(0)
+    x = torch.randn(n, 4)
+    ds = L(zip(x, x.sum(1, keepdim=True)))
+    return DataLoaders(DataLoader(ds, bs=bs), DataLoader(ds, bs=bs), path=tempfile.mkdtemp())
+
+def learner(*cbs, opt_func=Adam, splitter=halves, **kw):
+    set_seed(0)
+    return Learner(dls(), net(), MSELossFlat(), opt_func=opt_func, splitter=splitter, cbs=list(cbs), **kw)
+
+class Spy(Callback):
+    "Gradients and losses as the optimizer will see them"
+    order = 100
+    def before_fit(self): self.grads,self.tasks,self.totals = [],[],[]
+    def before_backward(self):
+        if self.training: self.tasks.append(self.learn.loss.item()); self.totals.append(self.learn.loss_grad.item())
+    def before_step(self): self.grads.append({n: p.grad.clone() for n,p in self.model.named_parameters() if p.grad is not None})
+
+def fit(learn, n=1, f='fit', *args, **kw):
+    with learn.no_bar(), learn.no_logging(): getattr(learn, f)(n, *args, **kw)
+    return learn
+
+# ---- the penalty
+
+def test_penalty_reaches_the_gradient_and_only_there():
+    a,b = fit(learner(Spy(), AdaptiveL2(.1)), 1, 'fit', 0.),fit(learner(Spy()), 1, 'fit', 0.)
+    w = dict(a.model.named_parameters())
+    pen = sum(.05*p.detach().double().square().sum() for n,p in w.items() if n!=THETA).item()
+    assert a.spy.tasks==pytest.approx(b.spy.tasks, rel=1e-6)
+    assert np.subtract(a.spy.totals, a.spy.tasks)==pytest.approx([pen]*4, rel=1e-5)
+    for n,g in b.spy.grads[0].items(): assert torch.allclose(a.spy.grads[0][n], g+2*.05*w[n], atol=1e-6), n
+
+def test_reported_losses_are_the_task_s():
+    a,b = fit(learner(AdaptiveL2(.1)), 1, 'fit', 0.),fit(learner(), 1, 'fit', 0.)
+    assert list(a.recorder.values[0][:2])==pytest.approx(list(b.recorder.values[0][:2]), rel=1e-5)
+    assert list(a.recorder.metric_names)==['epoch','train_loss','valid_loss','penalty','time']
+    assert a.recorder.values[0][2]==pytest.approx(a.adaptive_l2.regularizer().item(), rel=1e-6)
+
+def test_validation_is_untouched():
+    seen = []
+    class Valid(Callback):
+        order = 100
+        def after_loss(self):
+            if not self.training: seen.append((self.learn.loss_grad-self.learn.loss).item())
+    a = learner(AdaptiveL2(.1), Valid())
+    with a.no_bar(): v = a.validate()  # before any optimizer exists
+    assert seen and max(map(abs, seen))==0 and len(v)==2 and v[1]==pytest.approx(a.adaptive_l2.penalty().item())
+
+@pytest.mark.parametrize('n_acc', [16, 32])
+def test_accumulation_equals_one_large_batch(n_acc):
+    def run(bs, *cbs):
+        set_seed(0)
+        torch.manual_seed(0)
+        x = torch.randn(n_acc, 4)
+        dl = DataLoader(L(zip(x, x.sum(1, keepdim=True))), bs=bs)
+        m = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1))  # no BatchNorm, which sees the batch
+        return fit(Learner(DataLoaders(dl, dl), m, MSELossFlat(), opt_func=SGD, cbs=[Spy(), AdaptiveL2(.1), *cbs])).spy.grads[-1]
+    whole,parts = run(n_acc),run(4, GradientAccumulation(n_acc))
+    assert whole.keys()==parts.keys() and THETA in whole
+    for n in whole: assert torch.allclose(whole[n], parts[n], atol=1e-6), n
+
+def test_mixed_precision_keeps_the_penalty_exact():
+    learn = learner(Spy(), AdaptiveL2(.1), MixedPrecision(amp_mode=AMPMode.BF16))
+    with torch.no_grad(): learn.model[1].weight.mul_(1000)
+    pen = sum(.05*p.detach().double().square().sum() for n,p in learn.model.named_parameters() if n!=THETA).item()
+    class Total(Callback):
+        order = AdaptiveL2.order+1
+        def after_loss(self): self.pens = getattr(self, 'pens', [])+[(self.learn.loss_grad.double()-self.learn.loss.double()).item()]
+    learn.add_cb(Total())
+    fit(learn, 1, 'fit', 0.)
+    assert learn.total.pens[0]==pytest.approx(pen, rel=1e-5)  # bfloat16 has 3 digits
+
+# ---- θ and the optimizer
+
+def add_later(): learn = learner(); learn.create_opt(); learn.add_cb(AdaptiveL2(.1)); return learn
+def add_after_fit(): learn = fit(learner()); learn.add_cb(AdaptiveL2(.1)); return learn
+def add_as_class(): return learner(AdaptiveL2)
+def with_torch_opt(): return learner(AdaptiveL2(.1), opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
+def with_built_opt():
+    m = net()
+    learn = Learner(dls(), m, MSELossFlat(), opt_func=OptimWrapper(opt=torch.optim.SGD(m.parameters(), lr=.1)))
+    return learn.add_cb(AdaptiveL2(.1))
+
+@pytest.mark.parametrize('make', [lambda: learner(AdaptiveL2(.1)), lambda: learner(AdaptiveL2(.1), splitter=trainable_params),
+    add_later, add_after_fit, add_as_class, with_torch_opt, with_built_opt], ids='cbs flat later after_fit class torch_opt built_opt'.split())
+def test_theta_trains_however_the_callback_came(make):
+    learn = make()
+    fit(learn, 1, 'fit', 1e-2)
+    theta = learn.model.l2_theta
+    assert (theta<0).all(), theta
+    assert sum(p is theta for g in learn.opt.param_lists for p in g)==1 and any(p is theta for p in learn.opt.param_lists[-1])
+
+def test_theta_with_fit_cbs_goes_on_at_the_next_fit():
+    learn = learner()
+    fit(learn, 1, 'fit', 1e-2, cbs=AdaptiveL2(.1))
+    theta = learn.model.l2_theta.detach().clone()
+    assert (theta<0).all()
+    fit(learn, 1, 'fit', 1e-2, cbs=AdaptiveL2(.1))
+    assert (learn.model.l2_theta<theta).all()
+
+def test_removal_leaves_the_learner_as_it_was():
+    learn = learner()
+    before = learn.opt_func,learn.splitter,len(learn.metrics)
+    learn.add_cb(AdaptiveL2(.1)); learn.remove_cb(AdaptiveL2)
+    assert before==(learn.opt_func,learn.splitter,len(learn.metrics))
+
+def test_theta_is_no_child_of_a_sequential():
+    learn = learner(AdaptiveL2(.1))
+    assert len(learn.model)==2 and THETA in dict(learn.model.named_parameters(recurse=False))
+
+def test_freeze_trains_head_and_its_thetas_alone():
+    learn = learner(AdaptiveL2(.1), train_bn=False)
+    fit(learn, 1, 'fit', 1e-2)  # so that Adam has momentum
+    learn.freeze()
+    cb,w = learn.adaptive_l2,learn.model[0][0].weight.detach().clone()
+    theta = learn.model.l2_theta.detach().clone()
+    head = torch.tensor([n.startswith('1.') for n in cb.regularizer.names])
+    fit(learn, 2, 'fit', 1e-2)
+    assert len(learn.opt.param_lists)==2
+    assert torch.equal(learn.model[0][0].weight, w), 'frozen weights are not decayed'
+    assert torch.equal(learn.model.l2_theta[~head], theta[~head]), 'their θ does not drift on momentum'
+    assert (learn.model.l2_theta[head]<theta[head]).all()
+    learn.unfreeze()
+    fit(learn, 1, 'fit', 1e-2)
+    assert (learn.model.l2_theta[~head]<theta[~head]).all()
+
+def test_theta_has_the_rate_of_the_head():
+    learn = fit(learner(AdaptiveL2(.1)), 1, 'fit', slice(1e-2))
+    assert [h['lr'] for h in learn.opt.hypers]==pytest.approx([1e-3, 1e-2])
+    assert any(p is learn.model.l2_theta for p in learn.opt.param_lists[-1])
+
+@pytest.mark.parametrize('f,args', [('fit_one_cycle', (1e-2,)), ('fine_tune', (1e-2,)), ('fit_flat_cos', (1e-2,))])
+def test_schedules(f, args):
+    learn = fit(learner(AdaptiveL2(.1)), 2, f, *args)
+    assert (learn.model.l2_theta<0).all() and (np.diff(learn.adaptive_l2.history.groupby('epoch').lam.mean())<0).all()
+
+# ---- weight decay
+
+def decays(learn): return {h.get('wd', 0) for h in learn.opt.hypers}
+
+@pytest.mark.parametrize('make', [lambda: learner(AdaptiveL2(.1)), lambda: learner(ConventionalL2()), add_later, add_after_fit, with_torch_opt])
+def test_default_decay_is_dropped(make):
+    learn = fit(make(), 1, 'fit', 1e-2)
+    assert decays(learn)=={0}
+    learn.create_opt()
+    assert decays(learn)=={0}
+
+def test_without_the_callback_decay_stays(): assert decays(fit(learner()))=={.01}
+
+def test_no_decay_of_theta():
+    "With decay, a θ without gradient would be pulled to 0"
+    learn = learner(AdaptiveL2(.1))
+    with torch.no_grad(): learn.model.l2_theta.fill_(-4.)  # hard sigmoid is flat here
+    assert (fit(learn, 2, 'fit', .1).model.l2_theta==-4.).all()
+
+@pytest.mark.parametrize('make', [
+    lambda: learner(AdaptiveL2(), wd=.1), lambda: learner(wd=.01).add_cb(ConventionalL2()),
+    lambda: learner(AdaptiveL2(), opt_func=partial(Adam, wd=.1)),
+    lambda: learner(AdaptiveL2(), opt_func=partial(OptimWrapper, opt=torch.optim.AdamW, weight_decay=.1)),
+    lambda: learner(AdaptiveL2(), opt_func=partial(OptimWrapper, opt=partial(torch.optim.AdamW, weight_decay=.1))),
+    lambda: fit(learner(AdaptiveL2()), 1, 'fit', 1e-2, wd=.01), lambda: fit(learner(AdaptiveL2()), 1, 'fit_one_cycle', 1e-2, wd=.2),
+    lambda: fit(learner(AdaptiveL2(), opt_func=lambda p,lr: Adam(p, lr, wd=.3)))])
+def test_chosen_decay_is_refused(make):
+    with pytest.raises(ValueError, match='Weight decay 0.[0-9]+ was chosen.*ConventionalL2'): make()
+
+# ---- history
+
+def test_lr_find_and_validate_leave_no_trace():
+    learn = fit(learner(AdaptiveL2(.1)), 2, 'fit', 1e-2)
+    h,theta = learn.adaptive_l2.history,learn.model.l2_theta.detach().clone()
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(show_plot=False, num_it=10)
+    learn.validate()
+    pd.testing.assert_frame_equal(learn.adaptive_l2.history, h)
+    assert torch.equal(learn.model.l2_theta, theta)
+    fit(learn, 1, 'fit', 1e-2)
+    assert list(learn.adaptive_l2.history.epoch.unique())==[0,1,2,3]
+
+def test_lr_find_before_the_first_fit():
+    learn = learner(AdaptiveL2(.1))
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(show_plot=False, num_it=10)
+    h = fit(learn, 1, 'fit', 1e-2).adaptive_l2.history
+    assert list(h.epoch.unique())==[0,1] and (h[h.epoch==0].lam.round(6)==.05).all()
+
+def test_skipped_epochs_are_not_recorded():
+    learn = fit(learner(AdaptiveL2(.1)), 4, 'fit', 1e-2, start_epoch=2)
+    assert list(learn.adaptive_l2.history.epoch.unique())==[0,1,2]
+
+def test_conventional_history():
+    h = fit(learner(ConventionalL2(factor=1e-2)), 2).conventional_l2.history
+    assert (h.lam.round(8)==1e-2).all() and h.theta.isna().all() and h.epoch.max()==2
+
+# ---- save, load, export
+
+def test_round_trip_without_a_warning():
+    a = fit(learner(AdaptiveL2(.1)), 1, 'fit', 1e-2)
+    a.save('m')
+    b = learner(AdaptiveL2(.1)); b.path = a.path
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        b.load('m')
+    assert torch.equal(a.model.l2_theta, b.model.l2_theta)
+    def state(l): return [l.opt.state[p]['grad_avg'] for g in l.opt.param_lists for p in g]
+    for x,y in zip(state(a), state(b)): assert torch.equal(x, y)
+
+def test_export_goes_on():
+    from fastai.test_utils import synth_dbunch, RegModel
+    def make(): return Learner(synth_dbunch(), RegModel(), MSELossFlat(), cbs=AdaptiveL2(.1), path=tempfile.mkdtemp())
+    a = fit(make(), 1, 'fit', 1e-2)
+    a.dls = _Empties(a.dls)
+    a.export()
+    b = load_learner(a.path/'export.pkl')
+    x = torch.randn(4, 1)
+    assert torch.equal(a.model(x), b.model(x)) and b.adaptive_l2.regularizer.theta is b.model.l2_theta
+    pd.testing.assert_frame_equal(a.adaptive_l2.history, b.adaptive_l2.history)
+    b.dls = synth_dbunch()
+    theta = b.model.l2_theta.detach().clone()
+    fit(b, 1, 'fit', 1e-2)
+    assert (b.model.l2_theta<theta).all()
+
+class _Empties(DataLoaders):
+    "Plain loaders that can be emptied, as those of a `DataBlock` can"
+    def __init__(self, dls): super().__init__(*dls.loaders)
+    def new_empty(self): return DataLoaders()
+
+# ---- other learners
+
+def test_exchanged_head_is_regularised():
+    learn = learner(AdaptiveL2(.1))
+    learn.model[1] = nn.Linear(8, 1)
+    fit(learn)
+    assert any(a is learn.model[1].weight for a in learn.adaptive_l2.regularizer.arrays)
+
+def test_vision_learner(tmp_path):
+    from PIL import Image
+    from torchvision.models import resnet18
+    for i in range(12): Image.fromarray(np.full((40,40,3), 20*i, np.uint8)).save(tmp_path/f'{i}.png')
+    db = DataBlock(blocks=(ImageBlock, CategoryBlock), get_items=lambda p: sorted(p.ls()), get_y=lambda o: 'ab'[int(o.stem)%2])
+    learn = vision_learner(db.dataloaders(tmp_path, bs=4, num_workers=0, device='cpu'), resnet18, pretrained=False, cbs=AdaptiveL2(amplitude=5e-3))
+    fit(learn, 1, 'fine_tune')
+    assert (learn.model.l2_theta<0).all() and decays(learn)=={0}
+
+def test_tabular_learner():
+    rng = np.random.default_rng(0)
+    df = pd.DataFrame(dict(a=rng.normal(size=64), c=rng.choice(list('xyz'), 64))); df['y'] = df.a*2
+    tdl = TabularDataLoaders.from_df(df, procs=[Categorify,Normalize], cat_names='c', cont_names='a', y_names='y', bs=16, device='cpu')
+    learn = fit(tabular_learner(tdl, layers=[8], n_out=1, cbs=AdaptiveL2(.1)), 1, 'fit_one_cycle', 1e-2)
+    assert (learn.model.l2_theta<0).all()
+
+def test_unlabelled_prediction():
+    learn = fit(learner(AdaptiveL2(.1)))
+    with learn.no_bar(): preds,_ = learn.get_preds(dl=DataLoader(L((x,) for x in torch.randn(8, 4)), bs=4))
+    assert preds.shape==(8,1)
+
+def test_two_penalties_are_refused():
+    with pytest.raises(ValueError, match='ConventionalL2 was added to a Learner that has AdaptiveL2'): learner(AdaptiveL2(), ConventionalL2())
+
+# ---- two processes
+
+def _worker(rank, port, frozen, out):
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    dist.init_process_group('gloo', rank=rank, world_size=2)
+    torch.manual_seed(0)
+    m = nn.Linear(4, 1)
+    reg = AdaptiveL2Regularizer(m, .1)
+    m.register_parameter(THETA, reg.theta)
+    if frozen: m.weight.requires_grad_(False); m.bias.requires_grad_(False)
+    ddp = nn.parallel.DistributedDataParallel(m)
+    x = torch.arange(8.).reshape(2, 4)+rank
+    for _ in range(2):  # the second step fails where a parameter got no gradient in the first
+        m.zero_grad()
+        (ddp(x).pow(2).mean()+reg()).backward()
+    out[rank] = [p.grad.tolist() for p in m.parameters() if p.grad is not None]
+    dist.destroy_process_group()
+
+@pytest.mark.parametrize('frozen', [False, True])
+def test_two_processes_agree(frozen):
+    import socket
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    out = mp.Manager().dict()
+    mp.spawn(_worker, (port, frozen, out), nprocs=2)
+    assert out[0]==out[1] and len(out[0])==(1 if frozen else 3)

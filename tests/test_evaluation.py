@@ -1,0 +1,217 @@
+"The evaluation modules against slow loops written from the protocol's words, over ties, junk, distractors, dtypes and layouts."
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+import reid_fastai.evaluation.metrics as metrics
+from reid_fastai.evaluation.distances import Distances, topk_keys
+from reid_fastai.evaluation.metrics import RetrievalResults
+
+build = RetrievalResults.from_embeddings
+quiet = pytest.mark.filterwarnings('ignore:.*nobody to find')
+
+# --- oracle
+
+def dist(a, b, metric):
+    "One distance in float64, or its square, which orders alike"
+    a,b = np.asarray(a, dtype=np.float64),np.asarray(b, dtype=np.float64)
+    if metric=='euclidean': return float(((a-b)**2).sum())
+    n = np.sqrt((a**2).sum()*(b**2).sum())
+    return 1-float((a*b).sum()/n) if n else 1.
+
+def oracle(q, qp, qc, g, gp, gc, metric):
+    "Per query: (AP, first hit, INP) or None, and the ranked list of gallery indices"
+    res,lists = [],[]
+    for i in range(len(q)):
+        kept = [j for j in range(len(g)) if gp[j]!=-1 and not (gp[j]==qp[i]>0 and gc[j]==qc[i])]
+        kept.sort(key=lambda j: (dist(q[i], g[j], metric), j))
+        right = [gp[j]==qp[i]>0 for j in kept]
+        lists.append(kept)
+        if not any(right): res.append(None); continue
+        hits,precs,last = 0,[],0
+        for r,ok in enumerate(right, 1):
+            if ok: hits,last = hits+1,r; precs.append(hits/r)
+        res.append((sum(precs)/hits, right.index(True)+1, hits/last))
+    return res,lists
+
+def problem(seed, n_q, n_g, d, ids, cams, ties):
+    rng = np.random.default_rng(seed)
+    f = (lambda n: rng.integers(-1, 2, (n,d))) if ties else (lambda n: rng.standard_normal((n,d)))
+    return [f(n_q).astype(np.float32), rng.integers(-1, ids+1, n_q), rng.integers(0, cams, n_q),
+            f(n_g).astype(np.float32), rng.integers(-1, ids+1, n_g), rng.integers(0, cams, n_g)]
+
+problems = st.builds(problem, st.integers(0,2**31), st.integers(1,40), st.integers(1,90), st.integers(1,6), st.integers(1,8), st.integers(1,4), st.booleans())
+
+def check(res, p, metric):
+    want,lists = oracle(*p, metric)
+    df,k = res.per_query(),min(12, len(p[3]))
+    for i,w in enumerate(want):
+        got = tuple(df.loc[i, ['AP','first_hit','INP']])
+        assert np.isnan(got).all() if w is None else np.allclose(got, w, rtol=0, atol=1e-12), (i, got, w)
+    some = [w for w in want if w]
+    np.testing.assert_allclose([res.mAP, res.mINP, res.rank1], [np.mean([w[0] for w in some]), np.mean([w[2] for w in some]), np.mean([w[1]==1 for w in some])])
+    np.testing.assert_allclose(res.cmc(7), [np.mean([w[1]<=r for w in some]) for r in range(1,8)])
+    assert res.n_skipped==want.count(None)
+    idxs,dists = res.topk(k)
+    for i,l in enumerate(lists):
+        assert [o for o in idxs[i].tolist() if o>=0]==l[:k], i
+        assert dists[i].isinf().sum()==max(0, k-len(l)) and (idxs[i,len(l):]==-1).all()
+
+# --- metrics
+
+@quiet
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(p=problems, chunk=st.integers(1,50), bins=st.sampled_from([8,2048]), block=st.sampled_from([1,300,2**20]))
+def test_protocol(p, chunk, bins, block):
+    "Every number follows from the protocol's words; whole-number vectors under Euclidean distance give exact ties"
+    ties = bool((p[0]==p[0].round()).all())
+    metric = 'euclidean' if ties else ['cosine','euclidean'][chunk%2]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(metrics, '_n_bins', bins)
+        m.setattr(metrics, '_block', block)
+        want,_ = oracle(*p, metric)
+        if not any(want):
+            with pytest.raises(ValueError, match='empty' if (p[4]==-1).all() else 'has a match'): build(*p, metric=metric, chunk_size=chunk)
+        else: check(build(*p, metric=metric, chunk_size=chunk), p, metric)
+
+@quiet
+@pytest.mark.parametrize('metric', ['cosine','euclidean'])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(metric, dtype):
+    "Features of every precision are ranked as their own values say"
+    p = problem(1, 30, 200, 16, 9, 4, False)
+    for i in (0,3): p[i] = torch.as_tensor(p[i]).to(dtype)
+    check(build(*p, metric=metric), [*p[:3], p[3], *p[4:]] if dtype!=torch.bfloat16 else [p[0].float(), *p[1:3], p[3].float(), *p[4:]], metric)
+
+@quiet
+@pytest.mark.parametrize('metric', ['cosine','euclidean'])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64])
+def test_chunks(metric, dtype):
+    "Neither the chunk size nor the place in the gallery changes a bit of a distance"
+    p = problem(2, 130, 333, 37, 20, 4, False)
+    p[3][[5,100,332]] = p[3][0] # equal images, at the edges
+    p[0],p[3] = torch.as_tensor(p[0]).to(dtype),torch.as_tensor(p[3]).to(dtype)
+    one = build(*p, metric=metric)
+    for c in (1,2,31,64,65,129):
+        res = build(*p, metric=metric, chunk_size=c)
+        assert (res.ranks==one.ranks).all()
+        for a,b in zip(res.topk(333), one.topk(333)): assert torch.equal(a, b)
+    d = torch.cat([o for _,o in Distances(p[0], p[3], metric).blocks()])
+    assert all(torch.equal(d[:,0], d[:,i]) for i in (5,100,332))
+
+@quiet
+def test_layouts_and_kinds():
+    "Arrays, tensors, lists, views, gradients, strings, large and float labels: all the same"
+    p = problem(3, 20, 80, 8, 6, 3, False)
+    want = build(*p).ranks
+    t = [torch.as_tensor(o) for o in p]
+    wide = [torch.randn(len(o), 16) for o in (p[0],p[3])]
+    for w,o in zip(wide, (t[0],t[3])): w[:,::2] = o
+    assert (build(*t).ranks==want).all()
+    assert (build(*[o.tolist() for o in p]).ranks==want).all()
+    assert (build(wide[0][:,::2], *t[1:3], wide[1][:,::2], *t[4:]).ranks==want).all()
+    assert (build(t[0].T.contiguous().T.requires_grad_(), *t[1:3], t[3].T.contiguous().T, *t[4:]).ranks==want).all()
+    big = lambda x: np.where(x>0, x.astype(np.int64)*10**15-7, x)
+    assert (build(p[0], big(p[1]), p[2], p[3], big(p[4]), p[5]).ranks==want).all()
+    assert (build(p[0], p[1].astype(float), p[2].astype(np.uint8), p[3], p[4].astype(np.int16), p[5]).ranks==want).all()
+    real = [(p[1]>0).nonzero()[0], (p[4]>0).nonzero()[0]]
+    ints = [o[real[i>2]] for i,o in enumerate(p)]
+    strs = [o if i in (0,3) else np.array([f'name {v}' for v in o]) for i,o in enumerate(ints)]
+    assert (build(*strs).ranks==build(*ints).ranks).all()
+    assert build(*[o.astype(object) if o.dtype.kind=='U' else o for o in strs]).mAP==build(*ints).mAP
+
+def test_training_precision_does_not_leak():
+    "Autocast and reduced-precision products are training's business"
+    p = problem(4, 60, 300, 64, 20, 4, False)
+    p[1],p[4] = np.abs(p[1])+1,np.abs(p[4])+1
+    want = build(*p).topk(300)
+    torch.set_float32_matmul_precision('medium')
+    try:
+        with torch.autocast('cpu', dtype=torch.bfloat16): got = build(*p).topk(300)
+        assert torch.get_float32_matmul_precision()=='medium'
+    finally: torch.set_float32_matmul_precision('highest')
+    assert all(torch.equal(a, b) for a,b in zip(want, got))
+
+def test_collapsed_model():
+    "All features equal: the gallery's order decides"
+    res = build(np.ones((3,8)), [1,2,3], [0]*3, np.ones((600,8)), np.arange(600)%3+1, [1]*600)
+    assert res.ranks.tolist()==[r for i in range(3) for r in range(i+1, 601, 3)]
+
+def test_far_from_zero():
+    "Distances of 0.01 around 1000 survive float32"
+    rng = np.random.default_rng(5)
+    p = [(1000+rng.standard_normal((20,32))*.01).astype(np.float32), np.arange(20)+1, [0]*20,
+         (1000+rng.standard_normal((100,32))*.01).astype(np.float32), np.arange(100)%20+1, [1]*100]
+    check(build(*p, metric='euclidean'), p, 'euclidean')
+
+def test_query_of_no_identity():
+    "Junk and distractor queries are skipped, with a warning, though the gallery has their labels"
+    with pytest.warns(UserWarning, match='2 of 3 queries have pid -1 or 0'):
+        res = build(np.ones((3,2)), [0,-1,2], [0]*3, np.ones((3,2)), [0,-1,2], [1]*3)
+    assert res.n_skipped==2 and res.mAP==1/2 # the distractor ties with the match, and comes first
+
+def test_metrics_of_skipped_queries_are_nan():
+    df = build(np.eye(2), [1,2], [0,0], np.eye(2), [1,3], [1,1]).per_query()
+    assert df.matches.tolist()==[1,0] and df.loc[1, ['AP','first_hit','INP']].isna().all() and df.AP[0]==1
+    assert list(df)==['query','pid','camid','AP','first_hit','INP','matches']
+
+def test_round_trip(tmp_path):
+    p = problem(6, 20, 60, 8, 5, 3, False)
+    p[1],p[4] = np.abs(p[1])+1,p[4]
+    p[2],p[5] = [np.array([f'cam{c}' for c in o]) for o in (p[2],p[5])]
+    p[0],p[3] = torch.as_tensor(p[0]).bfloat16(),torch.as_tensor(p[3]).bfloat16()
+    res = build(*p, metric='euclidean', chunk_size=7)
+    res.save(tmp_path/'r')
+    res.save(tmp_path/'r') # replaces
+    assert [o.name for o in tmp_path.iterdir()]==['r']
+    got = RetrievalResults.load(tmp_path/'r')
+    assert got.per_query().equals(res.per_query()) and repr(got)==repr(res) and got.dists.dtype==res.dists.dtype
+    assert all(torch.equal(a, b) for a,b in zip(got.topk(9), res.topk(9)))
+
+@pytest.mark.parametrize('data', [b'', b'\x80\x04K\x01.', b'x'*64])
+def test_load_refuses(data, tmp_path):
+    (tmp_path/'r').write_bytes(data)
+    with pytest.raises(ValueError, match='damaged'): RetrievalResults.load(tmp_path/'r')
+
+def test_load_refuses_others_safetensors(tmp_path):
+    import safetensors.torch
+    safetensors.torch.save_file({'a': torch.zeros(1)}, tmp_path/'r')
+    with pytest.raises(ValueError, match='not written by'): RetrievalResults.load(tmp_path/'r')
+    with pytest.raises(FileNotFoundError): RetrievalResults.load(tmp_path/'nowhere')
+
+def args(**kw): return {**dict(q_feats=np.eye(3), q_pids=[1,2,3], q_camids=[0]*3, g_feats=np.eye(3), g_pids=[1,2,3], g_camids=[1]*3), **kw}
+@pytest.mark.parametrize('kw,msg', [
+    (dict(q_feats=np.full((3,3), np.nan)), 'q_feats: 3 of 3 rows hold NaN'), (dict(g_feats=np.diag([1,np.inf,1])), 'the first is row 1'),
+    (dict(q_pids=[1,2]), r'q_pids: shape \(2,\) for 3'), (dict(q_camids=[1]*4), r'q_camids: shape \(4,\) for 3'),
+    (dict(g_pids=[[1,2,3]]), r'g_pids: shape \(1, 3\) for 3'), (dict(g_camids=[]), 'g_camids'), (dict(g_feats=np.eye(3)[:,:2]), '3 numbers an image, gallery features 2'),
+    (dict(g_feats=np.zeros((0,3)), g_pids=[], g_camids=[]), 'empty: 0 images'), (dict(g_pids=[-1]*3), 'empty: 3 images, 3 of them junk'),
+    (dict(q_feats=np.zeros((0,3)), q_pids=[], q_camids=[]), 'has a match|query is empty'), (dict(g_pids=[4,5,6]), 'None of the 3 queries has a match'),
+    (dict(g_camids=[0]*3), 'from another camera'), (dict(metric='l2'), "metric='l2'"), (dict(chunk_size=0), 'chunk_size=0'), (dict(q_pids=[1,2,.5]), 'integers or strings'),
+    (dict(q_feats=np.ones(3)), 'images, numbers per image'), (dict(q_feats=np.zeros((3,0)), g_feats=np.zeros((3,0))), 'images, numbers per image'),
+    (dict(q_pids=['a','b','c']), 'of one kind'), (dict(q_feats=1e20*np.eye(3, dtype=np.float32), g_feats=np.eye(3, dtype=np.float32), metric='euclidean'), 'overflows'),
+], ids=str)
+def test_errors(kw, msg):
+    with pytest.raises(ValueError, match=msg): build(**args(**kw))
+
+@pytest.mark.parametrize('f', ['cmc','topk'])
+def test_k(f):
+    with pytest.raises(ValueError, match='k=0'): getattr(build(**args()), f)(0)
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0,10**6), m=st.integers(1,70), data=st.data())
+def test_topk_keys(seed, m, data):
+    "As sorting whole rows by (key, column) would give"
+    k,keys = data.draw(st.integers(1,m)),torch.randint(0, 4, (9,m), generator=torch.Generator().manual_seed(seed)).float()
+    want = torch.tensor([sorted(range(m), key=lambda j: (r[j],j))[:k] for r in keys.tolist()])
+    v,i = topk_keys(keys, k)
+    assert torch.equal(i, want) and torch.equal(v, keys.gather(1, want))
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('metric', ['cosine','euclidean'])
+def test_gpu(metric):
+    p = problem(7, 40, 300, 8, 9, 4, metric=='euclidean')
+    p[1] = np.abs(p[1])+1
+    q = [torch.as_tensor(o).cuda() for o in p]
+    check(build(*q, metric=metric), p, metric)
+    check(build(q[0], *p[1:], metric=metric), p, metric)
