@@ -1,0 +1,62 @@
+"The fused penalty beside the naive sum, and its share of a ResNet50 training step"
+import platform, time
+from statistics import median
+
+import timm, torch
+from fastcore.script import call_parse
+from torch.nn import functional as F
+
+from reid_fastai.models import build_reid_net
+from reid_fastai.losses import ReIDLoss
+from reid_fastai.regularizers import AdaptiveL2Regularizer, hard_sigmoid
+
+def naive(reg):
+    "The formula, written down"
+    lam = reg.amplitudes*hard_sigmoid(reg.theta)
+    return sum(l*(w**2).sum() for l,w in zip(lam, reg.arrays))
+
+def secs(f, reg):
+    "Time of forward and backward, gradients made anew as after `zero_grad(set_to_none=True)`"
+    for p in (*reg.arrays, reg.theta): p.grad = None
+    start = time.perf_counter()
+    f(reg).backward()
+    return time.perf_counter()-start
+
+def step(net, loss_func, reg, opt, x, pid, penalty):
+    "Time of a training step, with or without the penalty"
+    start = time.perf_counter()
+    loss = loss_func(net(x), pid)
+    if penalty: loss = loss+reg()
+    loss.backward(); opt.step(); opt.zero_grad()
+    return time.perf_counter()-start
+
+@call_parse
+def main(
+    reps:int=30, # Repetitions of fused and naive, in turn
+    steps:int=5, # Training steps with and without the penalty, in turn
+    bs:int=16, # Images in the batch of a training step
+    height:int=256, # Of the images, px
+    width:int=128, # Of the images, px
+    threads:int=2 # Of torch
+):
+    "Print the ratio of naive to fused, and the share of a step that the penalty takes"
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    print(f'torch {torch.__version__}, timm {timm.__version__}, {platform.processor() or platform.machine()}, {threads} threads, float32')
+    reg = AdaptiveL2Regularizer(timm.create_model('resnet50'))
+    for f in (naive, AdaptiveL2Regularizer.forward): secs(f, reg)  # warm up
+    ts = [(secs(naive, reg), secs(AdaptiveL2Regularizer.forward, reg)) for _ in range(reps)]
+    a,b = zip(*ts)
+    print(f'ResNet50, {len(reg.arrays)} arrays, {sum(w.numel() for w in reg.arrays)/1e6:.1f} million weights, forward + backward, {reps} in turn')
+    print(f'naive {1e3*median(a):.1f} ms, fused {1e3*median(b):.1f} ms (medians); ratio {median(x/y for x,y in ts):.2f} (median of pairs), {min(a)/min(b):.2f} (of minima)')
+
+    net = build_reid_net('resnet50', 751, pretrained=False)
+    reg,loss_func = AdaptiveL2Regularizer(net),ReIDLoss()
+    opt = torch.optim.Adam([*net.parameters(), reg.theta], lr=2e-4, eps=1e-7)
+    x,pid = torch.rand(bs, 3, height, width),torch.arange(bs)//4
+    step(net, loss_func, reg, opt, x, pid, True)
+    ts = [[step(net, loss_func, reg, opt, x, pid, p) for p in (False, True)] for _ in range(steps)]
+    alone = median(secs(AdaptiveL2Regularizer.forward, reg) for _ in range(9))
+    off,on = (median(t) for t in zip(*ts))
+    print(f'Training step of the paper\'s network, {bs} images of {height}×{width}: {off:.2f} s without, {on:.2f} s with the penalty (medians)')
+    print(f'The penalty by itself takes {1e3*alone:.0f} ms, {100*alone/on:.1f} % of a step')

@@ -1,0 +1,3 @@
+from .regularizer import *
+from .history import *
+from .evaluation import *

@@ -1,0 +1,5 @@
+from .datasets import *
+from .synthetic import *
+from .sampler import *
+from .augment import *
+from .block import *

@@ -1,0 +1,2 @@
+from .distances import *
+from .metrics import *
