@@ -61,7 +61,7 @@ def check(res, p, metric):
 # --- metrics
 
 @quiet
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(p=problems, chunk=st.integers(1,50), bins=st.sampled_from([8,2048]), block=st.sampled_from([1,300,2**20]))
 def test_protocol(p, chunk, bins, block):
     "Every number follows from the protocol's words; whole-number vectors under Euclidean distance give exact ties"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['count_ranks', 'RetrievalResults']
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #2e822db5
+# %% ../../nbs/10_evaluation.metrics.ipynb #c9334d73
 import json,warnings
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import safetensors.torch,torch
 from fastcore.all import *
 from safetensors import SafetensorError,safe_open
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..core import DISTRACTOR_PID,JUNK_PID,atomic_write,progress
 from .distances import Distances,TopK,as_feats,topk_keys
@@ -118,7 +119,7 @@ def _same_pid(self:RetrievalResults, rows):
     col = self._order[(self._lo[rows]-(n.cumsum(0)-n))[row] + torch.arange(len(row), device=n.device)]
     return row,col,q_cams[rows][row]!=g_cams[col]
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #c2887eb9
+# %% ../../nbs/10_evaluation.metrics.ipynb #3da84f28
 @patch
 def _keys(self:RetrievalResults):
     "Blocks of keys, infinite where an image is ignored, and where their matches are"
@@ -152,7 +153,7 @@ def from_embeddings(cls:RetrievalResults,
     g_pids, # (m,) their identities; -1 is junk, 0 a distractor
     g_camids, # (m,) their cameras
     metric:str='cosine', # 'cosine' or 'euclidean'
-    chunk_size:int=512 # Queries at a time; changes memory and time, never a result
+    chunk_size:int=576 # Queries at a time; changes memory and time, never a result
 ) -> RetrievalResults: # Ranked and ready to measure
     "Rank the gallery for each query"
     q_feats,g_feats = as_feats(q_feats, 'q_feats'),as_feats(g_feats, 'g_feats')
@@ -246,7 +247,7 @@ def per_query(self:RetrievalResults
     return pd.DataFrame(dict(query=np.arange(len(self)), pid=self.q_pids, camid=self.q_camids, AP=self.ap,
                              first_hit=self.first_hit, INP=self.inp, matches=self.n_matches))
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #3e0b6327
+# %% ../../nbs/10_evaluation.metrics.ipynb #4c8b0318
 @patch
 def topk(self:RetrievalResults,
     k:int=10 # How many
@@ -256,7 +257,8 @@ def topk(self:RetrievalResults,
     res,g_idxs = [],torch.as_tensor(self.g_idxs)
     for rows,keys,*_ in self._keys():
         v,i = topk_keys(keys, min(k, len(g_idxs)))
-        res.append((g_idxs[i.cpu()].masked_fill(v.isinf().cpu(), -1), self.dists.distance(v, rows).cpu()))
+        i,v = g_idxs[i.cpu()].masked_fill(v.isinf().cpu(), -1),self.dists.distance(v, rows).cpu()
+        res.append((pad(i, (0,k-i.shape[1]), value=-1), pad(v, (0,k-v.shape[1]), value=torch.inf)))
     return TopK(*map(torch.cat, zip(*res)))
 
 # %% ../../nbs/10_evaluation.metrics.ipynb #4d78efba
