@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import reid_fastai.evaluation.metrics as metrics
+import reid_fastai.evaluation.rerank as rerank
 from reid_fastai.evaluation.distances import Distances, topk_keys
 from reid_fastai.evaluation.metrics import RetrievalResults
 
@@ -215,3 +216,97 @@ def test_gpu(metric):
     q = [torch.as_tensor(o).cuda() for o in p]
     check(build(*q, metric=metric), p, metric)
     check(build(q[0], *p[1:], metric=metric), p, metric)
+
+# --- re-ranking
+
+def dense_rerank(q, g, k1, k2, lam, metric='cosine'):
+    "The published algorithm with full matrices: squared distances of the joined set, each row divided by its largest, then sets, weights, Jaccard"
+    x,n_q = np.concatenate([q, g]).astype(np.float64),len(q)
+    if metric=='cosine': x = x/np.linalg.norm(x, axis=1, keepdims=True)
+    D = np.square(x[:,None]-x).sum(2) if len(x)<300 else np.maximum((x**2).sum(1)[:,None]+(x**2).sum(1)-2*x@x.T, 0)
+    D,n = D/D.max(1, keepdims=True),len(x)
+    order = np.argsort(D, axis=1, kind='stable')
+    sees = lambda k: [set(o[:k+1].tolist()) for o in order]
+    near,half = sees(k1),sees(int(np.around(k1/2)))
+    V = np.zeros((n,n))
+    for i in range(n):
+        r = {j for j in near[i] if i in near[j]}
+        members = set(r)
+        for j in r:
+            rj = {h for h in half[j] if j in half[h]}
+            if len(rj&r)>2/3*len(rj): members |= rj
+        m = sorted(members)
+        V[i,m] = np.exp(-D[i,m])/np.exp(-D[i,m]).sum()
+    V = np.stack([V[o[:k2]].mean(0) for o in order])
+    J = np.stack([1-np.minimum(V[i], V[n_q:]).sum(1)/np.maximum(V[i], V[n_q:]).sum(1) for i in range(n_q)])
+    return (1-lam)*J+lam*D[:n_q,n_q:]
+
+def crowd(seed, n_q, n_g, d=24, ids=12, noise=.8):
+    "Several images of each of `ids` people, and distractors"
+    rng = np.random.default_rng(seed)
+    who,qp,gp = rng.standard_normal((ids+1, d)),rng.integers(1, ids+1, n_q),rng.integers(0, ids+1, n_g)
+    gp[0],qp[0] = 1,1
+    f = lambda p: (who[p]+noise*rng.standard_normal((len(p), d))).astype(np.float32)
+    return [f(qp), qp, np.zeros(n_q, int), f(gp), gp, np.ones(n_g, int)]
+
+@pytest.mark.parametrize('metric', ['cosine','euclidean'])
+@pytest.mark.parametrize('k1,k2,lam', [(20,6,.3), (5,3,.3), (7,1,0.), (1,2,1.), (10,11,.5), (3,1,.9)])
+def test_rerank(metric, k1, k2, lam):
+    "Distances and metrics of the dense algorithm"
+    p = crowd(k1, 15, 90)
+    want,res = dense_rerank(p[0], p[3], k1, k2, lam, metric),build(*p, metric=metric, chunk_size=4).rerank(k1, k2, lam)
+    np.testing.assert_allclose(torch.cat([o for _,o in res.dists.blocks()]), want, atol=1e-5)
+    ap = []
+    for i in range(15):
+        right = p[4][np.argsort(want[i], kind='stable')]==p[1][i]
+        ap.append((right.cumsum()/np.arange(1, 91))[right].mean())
+    assert abs(res.mAP-np.mean(ap))<1e-4
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0,2**31), n_q=st.integers(1,12), n_g=st.integers(2,40), k=st.integers(1,12), k2=st.integers(1,6), noise=st.floats(.05, 2))
+def test_rerank_any_size(seed, n_q, n_g, k, k2, noise):
+    k1 = min(k, n_q+n_g-1)
+    p = crowd(seed, n_q, n_g, ids=5, noise=noise)
+    want = dense_rerank(p[0], p[3], k1, min(k2, k1+1), .3)
+    np.testing.assert_allclose(torch.cat([o for _,o in build(*p).rerank(k1, min(k2, k1+1)).dists.blocks()]), want, atol=1e-5)
+
+def test_rerank_larger():
+    p = crowd(0, 100, 900, ids=60, noise=1.2)
+    np.testing.assert_allclose(torch.cat([o for _,o in build(*p).rerank().dists.blocks()]), dense_rerank(p[0], p[3], 20, 6, .3), atol=1e-5)
+
+def test_rerank_chunks_and_order():
+    "Chunks change nothing; junk is as if it were not there; a second re-ranking starts from the features again"
+    p = crowd(1, 30, 120)
+    a,b = (build(*p, chunk_size=c).rerank().topk(20) for c in (576,7))
+    assert all(torch.equal(x, y) for x,y in zip(a, b))
+    j = [*p[:3], np.concatenate([np.ones((5,24), np.float32), p[3]]), np.concatenate([[-1]*5, p[4]]), np.concatenate([[0]*5, p[5]])]
+    c = build(*j).rerank()
+    assert torch.equal(c.topk(20).idxs, a.idxs+5) and torch.equal(c.topk(20).dists, a.dists)
+    assert torch.equal(c.rerank().topk(20).dists, a.dists)
+
+def test_rerank_of_equal_features():
+    res = build(np.ones((2,4)), [1,2], [0,0], np.ones((60,4)), np.arange(60)%2+1, [1]*60).rerank()
+    assert res.topk(60).dists[:,0].isfinite().all() and 0<res.mAP<=1
+
+def test_rerank_memory(monkeypatch):
+    "What does not fit is refused before a distance is computed, and what is said to fit does fit"
+    p = crowd(2, 20, 80)
+    res = build(*p)
+    need = [rerank.rerank_memory(100, 24, k, 6) for k in (20,10)]
+    assert need[1]<need[0]
+    monkeypatch.setattr(rerank, '_free_memory', lambda: need[1])
+    monkeypatch.setattr(Distances, 'keys', lambda self: pytest.fail('began to compute'))
+    with pytest.raises(ValueError, match=r'k1=20, k2=6 may take .* k1=10, k2=6 would fit'): res.rerank()
+    monkeypatch.undo()
+    monkeypatch.setattr(rerank, '_free_memory', lambda: need[1])
+    assert res.rerank(k1=10).mAP>0
+
+@pytest.mark.parametrize('kw,msg', [(dict(k1=0), 'k1=0'), (dict(k1=100), '1..99'), (dict(k1=3,k2=5), 'k2=5'), (dict(lambda_value=-.1), 'lambda_value=-0.1')], ids=str)
+def test_rerank_errors(kw, msg):
+    with pytest.raises(ValueError, match=msg): build(*crowd(2, 20, 80)).rerank(**kw)
+
+def test_rerank_round_trip(tmp_path):
+    res = build(*crowd(3, 20, 80)).rerank()
+    res.save(tmp_path/'r')
+    got = RetrievalResults.load(tmp_path/'r')
+    assert got.per_query().equals(res.per_query()) and torch.equal(got.topk(9).dists, res.topk(9).dists) and got.rerank(5, 2).mAP==res.rerank(5, 2).mAP
