@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['count_ranks', 'RetrievalResults']
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #c9334d73
+# %% ../../nbs/10_evaluation.metrics.ipynb #c02f2009
 import json,warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch.nn.functional import pad
 from ..core import DISTRACTOR_PID,JUNK_PID,atomic_write,progress
 from .distances import Distances,TopK,as_feats,topk_keys
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #62234c15
+# %% ../../nbs/10_evaluation.metrics.ipynb #746ffed8
 _n_bins,_block = 2048,2**20 # bins a query; keys binned at a time, few enough to stay in the processor's cache
 
 def _bin(keys, row, col):
@@ -42,7 +43,7 @@ def count_ranks(
     counts = torch.bincount(b, minlength=len(keys)*_n_bins)
     shared = torch.zeros_like(counts, dtype=torch.bool)
     shared[b[at]] = True
-    near = shared[b].nonzero().flatten() # places, rising, of all that shares a bin with a match
+    near = shared.index_select(0, b).nonzero().flatten() # places, rising, of all that shares a bin with a match
     o = keys.view(-1)[near].sort(stable=True)[1]
     o = o[b[near][o].sort(stable=True)[1]] # by bin, then key, then place
     bins = b[near][o]
@@ -119,7 +120,16 @@ def _same_pid(self:RetrievalResults, rows):
     col = self._order[(self._lo[rows]-(n.cumsum(0)-n))[row] + torch.arange(len(row), device=n.device)]
     return row,col,q_cams[rows][row]!=g_cams[col]
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #3da84f28
+# %% ../../nbs/10_evaluation.metrics.ipynb #aafa2ec8
+@contextmanager
+def _one_thread():
+    "Within it torch uses one thread on the CPU"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(n)
+
+# %% ../../nbs/10_evaluation.metrics.ipynb #b188d350
 @patch
 def _keys(self:RetrievalResults):
     "Blocks of keys, infinite where an image is ignored, and where their matches are"
@@ -133,13 +143,18 @@ def _count(self:RetrievalResults):
     "Ranks of all matches, query by query, rising"
     res = []
     for rows,keys,row,col in progress(self._keys(), 'Ranking', -(-len(self)//self.dists.chunk_size)):
-        with_match = row.unique_consecutive() # skipped queries are left out of the count
-        keys,row = keys[with_match] if len(with_match)<len(keys) else keys,torch.searchsorted(with_match, row)
-        step = max(1, _block//keys.shape[1])
-        for i in range(0, len(with_match), step):
-            a,b = torch.searchsorted(row, torch.tensor([i,i+step], device=row.device)).tolist()
-            res.append(count_ranks(keys[i:i+step], row[a:b]-i, col[a:b]).cpu())
-    return torch.cat(res).numpy()[np.lexsort((torch.cat(res), self._q_of_rank))]
+        with _one_thread(): res += _count_block(keys, row, col)
+    res = torch.cat(res).numpy()
+    return res[np.lexsort((res, self._q_of_rank))]
+
+def _count_block(keys, row, col):
+    "`count_ranks`, a few rows at a time"
+    with_match = row.unique_consecutive() # skipped queries are left out
+    if len(with_match)<len(keys): keys,row = keys[with_match],torch.searchsorted(with_match, row)
+    step = max(1, _block//keys.shape[1])
+    for i in range(0, len(with_match), step):
+        a,b = torch.searchsorted(row, torch.tensor([i,i+step], device=row.device)).tolist()
+        yield count_ranks(keys[i:i+step], row[a:b]-i, col[a:b]).cpu()
 
 @patch(as_prop=True)
 def _q_of_rank(self:RetrievalResults): return np.repeat(np.arange(len(self)), self.n_matches)
@@ -164,7 +179,7 @@ def from_embeddings(cls:RetrievalResults,
     if len(keep)<len(g_feats): g_feats = g_feats[torch.as_tensor(keep, device=g_feats.device)]
     return cls(Distances(q_feats, g_feats, metric, chunk_size), q_pids, q_camids, g_pids, g_camids)
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #cebff4dc
+# %% ../../nbs/10_evaluation.metrics.ipynb #9ac4e659
 @patch
 def _per_query(self:RetrievalResults, weights, op=np.add):
     "`op` over the `weights` of each query's matches; NaN without a match"
@@ -188,7 +203,7 @@ def inp(self:RetrievalResults) -> np.ndarray: # (n,) float64, NaN without a matc
     "Matches of each query per rank up to the last of them"
     return self.n_matches/self._per_query(self.ranks, np.maximum)
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #5efaee5d
+# %% ../../nbs/10_evaluation.metrics.ipynb #b2b3dc29
 @patch(as_prop=True)
 def mAP(self:RetrievalResults) -> float: # In [0, 1]
     "Mean average precision"
@@ -225,7 +240,7 @@ def rank1(self:RetrievalResults) -> float: # In [0, 1]
     "Rank-1: the fraction of queries whose nearest image is a match"
     return self.rank(1)
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #25393e3b
+# %% ../../nbs/10_evaluation.metrics.ipynb #4042e0f3
 @patch
 def summary(self:RetrievalResults
     ) -> pd.Series: # Per cent: mAP, Rank-1, Rank-5, Rank-10, mINP; and counts: queries, skipped, gallery (without junk)
@@ -239,7 +254,7 @@ def __repr__(self:RetrievalResults):
     return (f'{s.queries} queries ({s.skipped} without a match, skipped) in a gallery of {s.gallery}, {self.dists.metric}\n'
             + '  '.join(f'{k} {s[k]:.2f} %' for k in s.index[:5]))
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #7084a013
+# %% ../../nbs/10_evaluation.metrics.ipynb #93f58c3d
 @patch
 def per_query(self:RetrievalResults
     ) -> pd.DataFrame: # One row a query, in order: query, pid, camid, AP, first_hit, INP, matches; NaN without a match
@@ -247,7 +262,7 @@ def per_query(self:RetrievalResults
     return pd.DataFrame(dict(query=np.arange(len(self)), pid=self.q_pids, camid=self.q_camids, AP=self.ap,
                              first_hit=self.first_hit, INP=self.inp, matches=self.n_matches))
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #4c8b0318
+# %% ../../nbs/10_evaluation.metrics.ipynb #c118b23c
 @patch
 def topk(self:RetrievalResults,
     k:int=10 # How many
@@ -261,7 +276,7 @@ def topk(self:RetrievalResults,
         res.append((pad(i, (0,k-i.shape[1]), value=-1), pad(v, (0,k-v.shape[1]), value=torch.inf)))
     return TopK(*map(torch.cat, zip(*res)))
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #4d78efba
+# %% ../../nbs/10_evaluation.metrics.ipynb #c2eeafc2
 _format,_readers = 'reid_fastai.retrieval.1',{} # readers of distances by class name
 _readers['Distances'] = lambda tensors,meta: Distances(tensors['q'], tensors['g'], meta['metric'], meta['chunk_size'])
 

@@ -1,0 +1,95 @@
+"""Time and memory of retrieval and re-ranking on random features of a benchmark's size, beside the bare matrix product.
+
+    python benchmarks/retrieval.py [--sizes market msmt17] [--rerank] [--classic] [--threads 2]
+
+Each size runs in a process of its own, so that its peak memory is its own. `--classic` also times dense NumPy re-ranking (10 GB at Market-1501's size).
+"""
+import argparse, resource, statistics, subprocess, sys, time
+
+import numpy as np
+import torch
+
+import reid_fastai.evaluation.rerank  # noqa: F401, gives results their `rerank`
+from reid_fastai.evaluation.metrics import RetrievalResults
+
+SIZES = dict(tiny=(200, 1000, 50), market=(3368, 15913, 750), msmt17=(11659, 82161, 3060))
+
+def features(n_q, n_g, n_ids, d=2048, noise=4., seed=0):
+    "Clusters that overlap: hard enough that many images lie between the matches. A sixth of the gallery are distractors"
+    g = torch.Generator().manual_seed(seed)
+    who = torch.randn(n_ids+1, d, generator=g)
+    def part(n, pids):
+        x = torch.randn(n, d, generator=g).mul_(noise)
+        for a,p in zip(x.split(4096), pids.split(4096)): a += who[p]
+        return x,pids,torch.randint(0, 6, (n,), generator=g)
+    g_pids = torch.randint(1, n_ids+1, (n_g,), generator=g)
+    g_pids[torch.rand(n_g, generator=g)<1/6] = 0
+    return *part(n_q, torch.randint(1, n_ids+1, (n_q,), generator=g)),*part(n_g, g_pids)
+
+def timed(f):
+    t = time.perf_counter()
+    res = f()
+    return time.perf_counter()-t,res
+
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e6*(1 if sys.platform!='darwin' else 1e-3)
+
+def product(q, g):
+    "The bare product, a block at a time where the whole would take more than 2 GB"
+    step = max(1, 5*10**8//len(g))
+    for i in range(0, len(q), step): q[i:i+step]@g.T
+
+def classic(q, g, k1=20, k2=6, lam=.3):
+    "Dense re-ranking: full distances, a full argsort, a loop over images, dense weights"
+    x = np.concatenate([q.numpy(), g.numpy()])
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    n,n_q = len(x),len(q)
+    D = 2-2*x@x.T
+    D /= D.max(1, keepdims=True)
+    order,V,half = np.argsort(D, axis=1).astype(np.int32),np.zeros((n,n), np.float32),int(np.around(k1/2))
+    def reciprocal(i, k):
+        near = order[i,:k+1]
+        return near[(order[near,:k+1]==i).any(1)]
+    for i in range(n):
+        own = reciprocal(i, k1)
+        more = [r for j in own if len(np.intersect1d(r := reciprocal(j, half), own))>2/3*len(r)]
+        m = np.unique(np.concatenate([own, *more]))
+        w = np.exp(-D[i,m])
+        V[i,m] = w/w.sum()
+    D = D[:n_q,n_q:].copy()
+    V = np.stack([V[order[i,:k2]].mean(0) for i in range(n)])
+    lists = [V[:,j].nonzero()[0] for j in range(n)]
+    for i in range(n_q):
+        s = np.zeros(n, np.float32)
+        for j in V[i].nonzero()[0]: s[lists[j]] += np.minimum(V[i,j], V[lists[j],j])
+        D[i] = (1-lam)*(1-s/(2-s))[n_q:] + lam*D[i]
+    return D
+
+def run(size, a):
+    args = features(*SIZES[size])
+    (q,g),n = (args[0],args[3]),(1 if size=='msmt17' else a.repeats)
+    print(f'{size}: {len(q)} × {len(g)}, {q.shape[1]} numbers an image, {torch.get_num_threads()} threads; features {(q.nbytes+g.nbytes)/1e9:.2f} GB')
+    RetrievalResults.from_embeddings(*(o[:600] for o in args)) # warm up
+    rows = [(timed(lambda: product(q, g))[0], *timed(lambda: RetrievalResults.from_embeddings(*args))) for _ in range(n)]
+    for t,r,_ in rows: print(f'  product {t:6.2f} s   retrieval {r:6.2f} s   ratio {r/t:.2f}')
+    print(f'  median ratio {statistics.median(r/t for t,r,_ in rows):.2f}, peak memory {peak():.2f} GB')
+    if a.rerank:
+        t,new = timed(rows[0][2].rerank)
+        print(f'  re-ranking {t:.1f} s, peak memory {peak():.2f} GB')
+        if a.classic:
+            c,D = timed(lambda: classic(q, g))
+            off = max(np.abs(D[rows]-b.numpy()).max() for rows,b in new.dists.blocks())
+            print(f'  classic {c:.1f} s, {c/t:.1f} times as long; distances differ by at most {off:.1e}; peak memory {peak():.2f} GB')
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--sizes', nargs='+', default=['market'], choices=list(SIZES))
+    p.add_argument('--rerank', action='store_true', help='time re-ranking too')
+    p.add_argument('--classic', action='store_true', help='with --rerank: time the dense algorithm beside it')
+    p.add_argument('--threads', type=int, default=torch.get_num_threads())
+    p.add_argument('--repeats', type=int, default=3)
+    a = p.parse_args()
+    torch.set_num_threads(a.threads)
+    if len(a.sizes)==1: run(a.sizes[0], a)
+    else:
+        rest = ['--rerank']*a.rerank+['--classic']*a.classic+[f'--threads={a.threads}', f'--repeats={a.repeats}']
+        for s in a.sizes: subprocess.run([sys.executable, __file__, '--sizes', s, *rest], check=True)
