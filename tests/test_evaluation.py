@@ -283,6 +283,7 @@ def test_rerank_chunks_and_order():
     c = build(*j).rerank()
     assert torch.equal(c.topk(20).idxs, a.idxs+5) and torch.equal(c.topk(20).dists, a.dists)
     assert torch.equal(c.rerank().topk(20).dists, a.dists)
+    assert torch.equal(c.topk(20, [17,3]).dists, a.dists[[17,3]])
 
 def test_rerank_of_equal_features():
     res = build(np.ones((2,4)), [1,2], [0,0], np.ones((60,4)), np.arange(60)%2+1, [1]*60).rerank()

@@ -78,7 +78,7 @@ class Distances:
 
     def __repr__(self): return f'Distances: {self.shape[0]} queries × {self.shape[1]} gallery images, {self.metric}, {self.dtype}'
 
-# %% ../../nbs/09_evaluation.distances.ipynb #bdfb138a
+# %% ../../nbs/09_evaluation.distances.ipynb #c9aa5437
 @patch
 def _prepare(self:Distances, x):
     "What the product needs of rows `x`: unit vectors, or vectors without the part that all have in common"
@@ -105,16 +105,19 @@ def _gallery(self:Distances):
 
 @patch
 @torch.no_grad()
-def keys(self:Distances
-    ): # Yields (slice of queries, (n, at least m) tensor); infinite where there is no gallery image
+def keys(self:Distances,
+    queries:Tensor|None=None # Indices of queries; None: all
+): # Yields (slice or indices of queries, (n, at least m) tensor); infinite where there is no gallery image
     "Blocks of numbers that order the gallery as the distances do"
     with _Float32Products(self.q.device): g,sq = self._gallery()
-    for i in range(0, self.shape[0], self.chunk_size):
+    for i in range(0, self.shape[0] if queries is None else len(queries), self.chunk_size):
+        rows = slice(i, i+self.chunk_size)
+        if queries is not None: rows = queries[rows]
         with _Float32Products(self.q.device):
-            q = self._prepare(self.q[i:i+self.chunk_size])
+            q = self._prepare(self.q[rows])
             if self.metric=='euclidean': self._squares(q)
             k = torch.addmm(sq, pad(q, (0,0,0,-len(q)%_multiple)), g.T)[:len(q)]
-        yield slice(i, i+len(q)),k
+        yield rows,k
 
 # %% ../../nbs/09_evaluation.distances.ipynb #199b9c1f
 @patch

@@ -129,11 +129,11 @@ def _one_thread():
     try: yield
     finally: torch.set_num_threads(n)
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #b188d350
+# %% ../../nbs/10_evaluation.metrics.ipynb #7796e1af
 @patch
-def _keys(self:RetrievalResults):
+def _keys(self:RetrievalResults, queries=None):
     "Blocks of keys, infinite where an image is ignored, and where their matches are"
-    for rows,keys in self.dists.keys():
+    for rows,keys in self.dists.keys(queries):
         row,col,match = self._same_pid(rows)
         keys[row[~match],col[~match]] = torch.inf
         yield rows,keys,row[match],col[match]
@@ -262,15 +262,17 @@ def per_query(self:RetrievalResults
     return pd.DataFrame(dict(query=np.arange(len(self)), pid=self.q_pids, camid=self.q_camids, AP=self.ap,
                              first_hit=self.first_hit, INP=self.inp, matches=self.n_matches))
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #c118b23c
+# %% ../../nbs/10_evaluation.metrics.ipynb #860dc6f9
 @patch
 def topk(self:RetrievalResults,
-    k:int=10 # How many
+    k:int=10, # How many
+    queries=None # Indices of queries; None: all
 ) -> TopK: # `idxs` (n, k) long, places in the whole gallery; `dists` (n, k). Where candidates run out: -1 and infinity
     "The nearest `k` gallery images of each query, without those the protocol ignores"
     if k<1: raise ValueError(f'k={k}: at least one image.')
+    if queries is not None: queries = torch.as_tensor(queries, device=self.dists.q.device).long()
     res,g_idxs = [],torch.as_tensor(self.g_idxs)
-    for rows,keys,*_ in self._keys():
+    for rows,keys,*_ in self._keys(queries):
         v,i = topk_keys(keys, min(k, len(g_idxs)))
         i,v = g_idxs[i.cpu()].masked_fill(v.isinf().cpu(), -1),self.dists.distance(v, rows).cpu()
         res.append((pad(i, (0,k-i.shape[1]), value=-1), pad(v, (0,k-v.shape[1]), value=torch.inf)))

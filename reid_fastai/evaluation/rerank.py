@@ -93,7 +93,7 @@ def _overlap(Vq, Vg):
     row = np.repeat(np.arange(n), np.diff(Vq.indptr))[entry]
     return np.bincount(row*m+Vg.indices[at], np.minimum(Vq.data[entry], Vg.data[at]), n*m).reshape(n, m)
 
-# %% ../../nbs/11_evaluation.rerank.ipynb #d4f82275
+# %% ../../nbs/11_evaluation.rerank.ipynb #40f881a4
 class RerankedDistances:
     "Distances of queries to a gallery after k-reciprocal re-ranking"
     def __init__(self,
@@ -112,14 +112,16 @@ class RerankedDistances:
 
 @patch
 @torch.no_grad()
-def keys(self:RerankedDistances
-    ): # Yields (slice of queries, (n, at least m) tensor); infinite where there is no gallery image
+def keys(self:RerankedDistances,
+    queries:Tensor|None=None # Indices of queries; None: all
+): # Yields (slice or indices of queries, (n, at least m) tensor); infinite where there is no gallery image
     "Blocks of re-ranked distances"
     lam,m,far = self.lambda_value,self.shape[1],torch.as_tensor(self.far).clamp_min(torch.finfo(torch.float32).tiny)
-    for rows,k in self.base.keys():
-        k = _squared(self.base, k, rows).div_(far[rows,None].to(k)).mul_(lam)
+    for rows,k in self.base.keys(queries):
+        Vq = self.Vq[rows if queries is None else rows.cpu().numpy()]
+        k = _squared(self.base, k, rows).div_(far[rows if queries is None else rows.cpu()][:,None].to(k)).mul_(lam)
         for i in range(0, len(k), 16):
-            s = _overlap(self.Vq[rows][i:i+16], self.Vg)
+            s = _overlap(Vq[i:i+16], self.Vg)
             k[i:i+16,:m] += torch.as_tensor((1-lam)*(1-s/(2-s))).to(k)
         k[:,m:] = torch.inf # with λ = 0 they are NaN by now
         yield rows,k
