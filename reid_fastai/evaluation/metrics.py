@@ -278,7 +278,16 @@ def topk(self:RetrievalResults,
         res.append((pad(i, (0,k-i.shape[1]), value=-1), pad(v, (0,k-v.shape[1]), value=torch.inf)))
     return TopK(*map(torch.cat, zip(*res)))
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #c2eeafc2
+# %% ../../nbs/10_evaluation.metrics.ipynb #cc3b3298
+@patch
+def is_match(self:RetrievalResults,
+    q:int, # Query
+    g:int # Place in the whole gallery
+) -> bool: # Nobody matches junk or a distractor
+    "Whether gallery image `g` shows the person of query `q`"
+    return bool(self.g_pids[g]==self.q_pids[q] and self.g_pids[g] not in (JUNK_PID, DISTRACTOR_PID))
+
+# %% ../../nbs/10_evaluation.metrics.ipynb #22d73298
 _format,_readers = 'reid_fastai.retrieval.1',{} # readers of distances by class name
 _readers['Distances'] = lambda tensors,meta: Distances(tensors['q'], tensors['g'], meta['metric'], meta['chunk_size'])
 

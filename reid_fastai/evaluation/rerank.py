@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RerankedDistances', 'rerank_memory']
 
-# %% ../../nbs/11_evaluation.rerank.ipynb #2c60b720
+# %% ../../nbs/11_evaluation.rerank.ipynb #c168e2ca
 import os,re
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core import progress
 from .distances import Distances,topk_keys
-from .metrics import RetrievalResults,_readers
+from .metrics import RetrievalResults,_one_thread,_readers
 
 # %% ../../nbs/11_evaluation.rerank.ipynb #0cdb6926
 def _neighbours(dists, k):
@@ -48,20 +48,22 @@ def _expanded(near, k, idxs):
     first = (sets>=0) & np.diff(sets, axis=1, prepend=-1).astype(bool)
     return first.nonzero()[0],sets[first]
 
-# %% ../../nbs/11_evaluation.rerank.ipynb #330dcb1d
+# %% ../../nbs/11_evaluation.rerank.ipynb #b15c329b
 @patch
 def pairs(self:Distances,
     row, # (p,) rows of `q`
     col # (p,) rows of `g`
 ) -> Tensor: # (p,) distances, on the CPU
     "Distances of single pairs"
-    res,(row,col) = [],(torch.as_tensor(o, device=self.q.device).long() for o in (row,col))
-    for r,c in zip(row.split(16384), col.split(16384)):
-        q,g = self._prepare(self.q[r]),self._prepare(self.g[c])
-        res.append((1-(q*g).sum(1)).clamp_min_(0) if self.metric=='cosine' else (q-g).square_().sum(1).sqrt_())
+    q = self._prepare(self.q)
+    g = q if self.g is self.q else self._prepare(self.g)
+    res,(row,col) = [],(torch.as_tensor(o, device=q.device).long() for o in (row,col))
+    for r,c in zip(row.split(512), col.split(512)): # few enough for the processor's cache
+        q_,g_ = q.index_select(0, r),g.index_select(0, c)
+        res.append((1-q_.mul_(g_).sum(1)).clamp_min_(0) if self.metric=='cosine' else q_.sub_(g_).square_().sum(1).sqrt_())
     return torch.cat(res).cpu()
 
-# %% ../../nbs/11_evaluation.rerank.ipynb #2255724e
+# %% ../../nbs/11_evaluation.rerank.ipynb #2c3f48bd
 def _weights(dists, near, far, k1):
     "Sparse matrix V of step 3, one row an image"
     n,half = len(near),round(k1/2)+1
@@ -71,7 +73,7 @@ def _weights(dists, near, far, k1):
         row,col = _expanded(near, k1, np.arange(i, min(i+step, n)))
         parts.append((row+i, col))
     row,col = map(np.concatenate, zip(*parts))
-    d = dists.pairs(row, col)
+    with _one_thread(): d = dists.pairs(row, col)
     d = (2*d if dists.metric=='cosine' else d.square()).numpy()
     V = sparse.csr_matrix((np.exp(-d/np.maximum(far, np.finfo(far.dtype).tiny)[row]).astype(np.float32), (row, col)), shape=(n,n))
     V.data /= np.repeat(np.asarray(V.sum(1)).ravel(), np.diff(V.indptr))
