@@ -311,3 +311,42 @@ def test_rerank_round_trip(tmp_path):
     res.save(tmp_path/'r')
     got = RetrievalResults.load(tmp_path/'r')
     assert got.per_query().equals(res.per_query()) and torch.equal(got.topk(9).dists, res.topk(9).dists) and got.rerank(5, 2).mAP==res.rerank(5, 2).mAP
+
+# --- pictures
+
+@pytest.fixture
+def shown():
+    import matplotlib
+    matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    yield
+    plt.close('all')
+
+def gallery(n): return [np.full((8,4,3), 20*i%256, dtype=np.uint8) for i in range(n)]
+
+def test_plot_ranked(shown, tmp_path):
+    "Every kind of image source draws the same; frames follow correctness, ignored images are absent, and what runs out is blank"
+    import pandas as pd
+    from matplotlib.colors import to_hex
+    from PIL import Image
+    from reid_fastai.interpret import plot_ranked, plot_worst
+    x = np.arange(6)[:,None]+1.
+    res = build([[0.],[0.]], [7,9], [1,1], x, [7,8,7,-1,0,7], [1,2,2,3,3,4], metric='euclidean')
+    q,g = gallery(2),gallery(6)
+    for i,o in enumerate(g): Image.fromarray(o).save(tmp_path/f'{i}.png')
+    paths = [tmp_path/f'{i}.png' for i in range(6)]
+    for src in (g, paths, [str(o) for o in paths], pd.Series(paths, index=list('abcdef')), torch.as_tensor(np.stack(g)).permute(0,3,1,2), lambda i: g[i], np.stack(g)):
+        axs = plot_ranked(res, q, src, queries=0, k=6)
+        assert axs.shape==(1,7)
+        shown_ = [a for a in axs[0,1:] if a.axison]
+        assert [a.images[0].get_array()[0,0,0] for a in shown_]==[20,40,80,100]
+        assert [to_hex(a.spines['left'].get_edgecolor()) for a in shown_]==['#d62728','#2ca02c','#d62728','#2ca02c']
+        assert shown_[0].get_title()=='2.000\nid 8, cam 2' and axs[0,0].get_xlabel()=='AP 50 %'
+    assert plot_ranked(res, q, g, queries=[1], k=2)[0,0].get_xlabel()=='no match'
+    assert plot_worst(res, q, g, n=5, k=2).shape==(1,3) # the query without a match is not among the worst
+
+def test_plot_cmc(shown):
+    from reid_fastai.interpret import plot_cmc
+    res = build(*crowd(3, 20, 80))
+    ax = plot_cmc({'a': res, 'b': res.rerank()}, k=5)
+    assert [o.get_label().split()[0] for o in ax.lines]==['a','b'] and plot_cmc(res, ax=ax) is ax and len(ax.lines)==3
