@@ -18,7 +18,7 @@ from fastcore.all import *
 
 from ..core import DISTRACTOR_PID,JUNK_PID,atomic_dir,cache_home,progress
 
-# %% ../../nbs/05_data.synthetic.ipynb #0a265389
+# %% ../../nbs/05_data.synthetic.ipynb #80b1960f
 _cloth = np.array([(25,25,30),(60,60,66),(120,122,125),(225,225,222),(28,38,80),(60,100,170),(150,30,35),(190,150,90),(60,85,50),(225,190,60),(120,70,110),(90,60,40)])/255
 _skin = np.array([(236,196,170),(214,165,130),(172,120,85),(110,74,52)])/255
 _hair = np.array([(25,20,18),(70,45,30),(150,110,60),(130,130,130)])/255
@@ -31,7 +31,7 @@ class Pedestrian:
     ):
         r = np.random.default_rng(seed)
         def pick(a, p=None): return a[r.choice(len(a), p=p)]
-        def cloth(p=None): return np.clip(pick(_cloth, p)+r.normal(0, .025, 3), 0, 1)
+        def cloth(p=None): return np.clip(pick(_cloth, p)+r.normal(0, .045, 3), 0, 1)
         dark = np.array([6,4,2,1,5,4,.5,1.5,.7,.2,.3,1.]); dark /= dark.sum()
         self.height,self.girth,self.shoulders = r.normal(1.72, .09),np.clip(r.normal(1, .13), .75, 1.4),r.uniform(.92, 1.08)
         self.skin,self.hair,self.long_hair = pick(_skin),pick(_hair),r.random()<.35
@@ -113,7 +113,7 @@ def paint(self:Pedestrian,
     if self.open_jacket: res = np.where(ahead & (np.abs(p[:,:1])<.055), self.shirt, res)
     return res
 
-# %% ../../nbs/05_data.synthetic.ipynb #e15a1d41
+# %% ../../nbs/05_data.synthetic.ipynb #cf959707
 class SynthCamera:
     "One of the cameras"
     def __init__(self,
@@ -122,8 +122,8 @@ class SynthCamera:
     ):
         r = np.random.default_rng([seed, 777, camid])
         self.camid,self.pitch = camid,np.radians([4,12,20,8,28,15][(camid-1)%6])
-        self.balance = np.clip(r.normal(1, .09, 3), .8, 1.2)
-        self.exposure,self.gamma = [1.05,.8,1.2,.68,.95,1.1][(camid-1)%6],r.uniform(.85, 1.25)
+        self.balance = np.clip(r.normal(1, .02, 3), .95, 1.05)
+        self.exposure,self.gamma = [1.01,.96,1.04,.93,.99,1.02][(camid-1)%6],r.uniform(.97, 1.04)
         self.blur,self.noise,self.quality = r.uniform(.2, 1.),r.uniform(.006, .028),int(r.uniform(55, 92))
         self.light,self.ambient = r.uniform(-np.pi, np.pi),r.uniform(.5, .75)
         self.scene = _scene(r)
@@ -135,13 +135,13 @@ def _smooth(r, h, w, step):
 
 def _scene(r, h=320, w=1024):
     "A wide background (h, w, 3): ground, wall and what stands about"
-    ground,wall = (np.clip(r.uniform(.3, .65)+r.normal(0, .06, 3), 0, 1) for _ in range(2))
+    ground,wall = (np.clip(r.uniform(.45, .55)+r.normal(0, .015, 3), 0, 1) for _ in range(2))
     horizon = int(h*r.uniform(.25, .55))
     z = np.arange(h)[:,None,None]
     res = np.where(z>horizon, ground*(.8+.3*(z-horizon)/h), wall)+np.zeros((h,w,1))
     for _ in range(r.integers(14, 26)):
         x0,ww,hh,bottom = r.integers(0, w),r.integers(8, 90),r.integers(20, 170),r.integers(horizon-20, horizon+60)
-        res[max(0,bottom-hh):bottom, x0:x0+ww] = np.clip(_cloth[r.integers(len(_cloth))]*.7+.15+r.normal(0, .03, 3), 0, 1)
+        res[max(0,bottom-hh):bottom, x0:x0+ww] = np.clip(_cloth[r.integers(len(_cloth))]*.3+.33+r.normal(0, .03, 3), 0, 1)
     for x in range(0, w, int(r.integers(30, 110))): res[horizon:,x:x+2] *= .88
     return res*(.82+.18*_smooth(r, h, w, 6)[...,None]+.18*_smooth(r, h, w, 60)[...,None])
 
@@ -185,7 +185,7 @@ def _draw(people, camera, light, u, v, img):
             img[box][where] = person.paint(part.cover, place[near])*shade[:,None]
     return depth
 
-# %% ../../nbs/05_data.synthetic.ipynb #c054f7f0
+# %% ../../nbs/05_data.synthetic.ipynb #9ca0e93f
 def _shadow(img, u, v, camera, shift):
     "Darken the ground at the feet"
     r2 = ((u[None,:]-shift[0])/.38)**2 + ((v[:,None]-shift[2]-.02)/(.06+.3*np.sin(camera.pitch)))**2
@@ -204,7 +204,7 @@ def _develop(img, camera, r, size):
     "What the camera makes of light (2h, 2w, 3): a JPEG's bytes of (h, w)"
     h,w = size
     img = img.reshape(h, 2, w, 2, 3).mean((1,3))
-    img = np.clip(img*camera.balance*camera.exposure*r.uniform(.88, 1.12), 0, 1)**camera.gamma
+    img = np.clip(img*camera.balance*camera.exposure*r.uniform(.95, 1.05), 0, 1)**camera.gamma
     im = Image.fromarray((img*255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(camera.blur*h/128*r.uniform(.6, 1.5)))
     img = np.asarray(im)/255 + r.normal(0, camera.noise, (h,w,3))
     out = io.BytesIO()
