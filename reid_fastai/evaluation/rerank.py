@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RerankedDistances', 'rerank_memory']
 
-# %% ../../nbs/11_evaluation.rerank.ipynb #c168e2ca
+# %% ../../nbs/11_evaluation.rerank.ipynb #34337597
 import os,re
 
 import numpy as np
@@ -15,17 +15,36 @@ from scipy import sparse
 from torch import Tensor
 
 from ..core import progress
-from .distances import Distances,topk_keys
+from .distances import Distances,_Float32Products,_multiple,topk_keys
 from .metrics import RetrievalResults,_one_thread,_readers
 
-# %% ../../nbs/11_evaluation.rerank.ipynb #0cdb6926
+# %% ../../nbs/11_evaluation.rerank.ipynb #4e2077d0
+class _Nearest:
+    "The nearest `k` of each of `n` images among those met so far, and the farthest key"
+    def __init__(self, n, k, like):
+        self.v,self.i = like.new_full((n,k), torch.inf),torch.zeros(n, k, dtype=torch.int32, device=like.device)
+        self.far = like.new_full((n,), -torch.inf)
+
+    def meet(self, rows, keys, first, m):
+        "Images `rows` meet those from `first` on; beyond `m` columns there is padding"
+        v,i = topk_keys(keys, min(self.v.shape[1], keys.shape[1]))
+        v,o = torch.cat([self.v[rows], v], 1).sort(dim=1, stable=True)
+        k = self.v.shape[1]
+        self.v[rows],self.i[rows] = v[:,:k],torch.cat([self.i[rows], (i+first).int()], 1).gather(1, o[:,:k])
+        self.far[rows] = torch.maximum(self.far[rows], keys[:,:m].amax(1))
+
+@torch.no_grad()
 def _neighbours(dists, k):
     "Of all images: the nearest `k` (n, k) int32, and the squared distance of the farthest"
-    nearest,far = [],[]
-    for rows,keys in progress(dists.keys(), 'Finding neighbours', -(-dists.shape[0]//dists.chunk_size)):
-        nearest.append(topk_keys(keys, k)[1].int().cpu())
-        far.append(_squared(dists, keys[:,:dists.shape[1]].amax(1, keepdim=True), rows).flatten().cpu())
-    return torch.cat(nearest).numpy(),torch.cat(far).numpy()
+    n,size = dists.shape[0],-(-dists.chunk_size//_multiple)*_multiple
+    with _Float32Products(dists.q.device): g,sq = dists._gallery()
+    near = _Nearest(n, k, g)
+    for a in progress(range(0, n, size), 'Finding neighbours'):
+        b = min(a+size, n)
+        with _Float32Products(g.device): p = (g[a:a+size]/(-1 if dists.metric=='cosine' else -2))@g[a:].T
+        if b<n: near.meet(slice(b, n), (p[:,b-a:n-a]+sq[a:b,None]).T.contiguous(), a, b-a)
+        near.meet(slice(a, b), p[:b-a].add_(sq[a:]), a, n-a)
+    return near.i.cpu().numpy(),_squared(dists, near.far[:,None], slice(0, n)).flatten().cpu().numpy()
 
 def _squared(dists, keys, rows):
     "Squared Euclidean distances; of unit vectors if the metric is cosine"
