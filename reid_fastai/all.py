@@ -6,4 +6,5 @@ from .data.all import *
 from .evaluation.all import *
 from .callback.all import *
 from .learner import *
+from .interpret import *
 from .export import *

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['reid_train', 'reid_eval', 'reid_synth']
 
-# %% ../nbs/20_cli.ipynb #df65a51f
+# %% ../nbs/20_cli.ipynb #82dc694a
 import json,platform,sys,time,warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +27,9 @@ from .core import *
 from .data.block import *
 from .data.datasets import *
 from .data.synthetic import *
+from .evaluation.all import *
 from .export import *
+from .interpret import *
 from .learner import *
 from .models import *
 from .regularizers import check_strength
@@ -72,7 +74,7 @@ def _check_backbone(arch, pretrained):
     "Refuse an unknown architecture or missing weights before any long work"
     build_reid_net(arch, 1, regions=0, pretrained=pretrained)
 
-# %% ../nbs/20_cli.ipynb #d9cb04c0
+# %% ../nbs/20_cli.ipynb #b2a47c74
 def _summary(cfg, results, learn, secs):
     "Text of `summary.md`"
     d,h = cfg['dataset'],None
@@ -94,6 +96,7 @@ def _save_figure(fig, path):
 def _save_run(out, learn, results, cfg, secs):
     "Write all but `config.json` and `metrics.csv`, which are there already"
     save_model(learn.model, out/'model.safetensors', cfg['size'], dataset=cfg['dataset']['name'])
+    _save_figure(learn.show_results()[0,0].figure, out/'ranked.png')
     if cfg['l2']!='none':
         atomic_write(out/'lambdas.csv', l2_callback(learn).history.to_csv(index=False))
         _save_figure(learn.plot_lambda_hist()[0].figure, out/'lambda_hist.png')
@@ -145,13 +148,14 @@ def reid_train(
         print(f'\n{results}\nRun folder: {out}')
     return out
 
-# %% ../nbs/20_cli.ipynb #db6bfefd
+# %% ../nbs/20_cli.ipynb #d6fbd53f
 @call_parse(pos=['run','data'])
 def reid_eval(
     run:str, # Run folder of `reid-train`, or a model.safetensors
     data:str=None, # 'synthetic', or the folder of a dataset; default: what the run was trained on
     flip:bool_arg=True, # Whether embeddings are averaged over image and mirror image
     metric:str='cosine', # 'cosine' or 'euclidean'
+    rerank:bool=False, # Also show the figures after k-reciprocal re-ranking (k1 20, k2 6, λ 0.3)
     csv:str=None # File for a table of the queries: AP, first hit, INP, number of matches
 ): # `RetrievalResults`
     "Evaluate a trained model on its own or on other data"
@@ -169,6 +173,9 @@ def reid_eval(
         feats = embedder([Path(ifnone(splits.root, '.'))/o for o in df.path], flip=flip)
         results = search(feats, df, metric)
         print(f'\n{results}')
+        if rerank:
+            results = results.rerank()
+            print(f'\nre-ranked: {results}')
         if csv: atomic_write(csv, results.per_query().to_csv(index=False))
     return None if is_cli() else results
 

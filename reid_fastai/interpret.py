@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['as_image', 'plot_ranked', 'plot_worst', 'plot_cmc']
 
-# %% ../nbs/17_interpret.ipynb #72579d34
+# %% ../nbs/17_interpret.ipynb #0ff19a61
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from .evaluation.metrics import RetrievalResults
+from .learner import ReIDLearner
 
 # %% ../nbs/17_interpret.ipynb #88d5fdca
 def as_image(
@@ -91,3 +92,17 @@ def plot_cmc(
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend()
     return ax
+
+# %% ../nbs/17_interpret.ipynb #f07d7185
+@patch
+@delegates(plot_ranked, but=['res','q_imgs','g_imgs'])
+def show_results(self:ReIDLearner,
+    results:RetrievalResults|None=None, # What was found; None: by the last evaluation, or by a new one
+    worst:bool=False, # Whether to show the hardest queries
+    **kwargs
+) -> np.ndarray: # (queries, k+1) axes
+    "Queries of `dls` and their ranked lists, right and wrong marked"
+    res = results or self.retrieval_metrics.results or self.retrieval()
+    df,root = self.dls.test_df,self.dls.splits.root
+    q,g = ([str(root/o) if root else o for o in df.path[m]] for m in (df.split=='query', df.split=='gallery'))
+    return (plot_worst if worst else plot_ranked)(res, q, g, **kwargs)

@@ -134,6 +134,31 @@ def test_training_precision_does_not_leak():
     finally: torch.set_float32_matmul_precision('highest')
     assert all(torch.equal(a, b) for a,b in zip(want, got))
 
+def test_products_use_all_digits(monkeypatch):
+    "What `highest` means shows on a GPU alone; that it is set shows here"
+    seen,product = [],torch.addmm
+    monkeypatch.setattr(torch, 'addmm', lambda *a: seen.append(torch.get_float32_matmul_precision()) or product(*a))
+    old = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('medium')
+    try: build(**args())
+    finally: torch.set_float32_matmul_precision(old)
+    assert seen==['highest']
+
+@pytest.mark.parametrize('scale', [1e-30, 1e30])
+def test_scale_of_cosine(scale):
+    "Features far from 1 are no matter of squares that overflow or vanish"
+    p = [torch.as_tensor(o) for o in problem(8, 20, 80, 8, 6, 3, False)]
+    p[1] = p[1].clamp_min(1)
+    want,got = build(*p).ranks,build(p[0]*scale, *p[1:3], p[3]*scale, *p[4:]).ranks
+    assert (want==got).all()
+
+def test_sparse_features():
+    "Among mostly zero features a shift would cost digits"
+    g = torch.Generator().manual_seed(0)
+    q,x = (torch.rand(n, 2048, generator=g)*(torch.rand(n, 2048, generator=g)<.01) for n in (20,200))
+    d = torch.cat([o for _,o in Distances(q, x, 'euclidean').blocks()])
+    assert (d/torch.cdist(q.double(), x.double(), compute_mode='donot_use_mm_for_euclid_dist')-1).abs().max()<3e-7
+
 def test_collapsed_model():
     "All features equal: the gallery's order decides"
     res = build(np.ones((3,8)), [1,2,3], [0]*3, np.ones((600,8)), np.arange(600)%3+1, [1]*600)

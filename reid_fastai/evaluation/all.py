@@ -1,2 +1,3 @@
 from .distances import *
 from .metrics import *
+from .rerank import *
