@@ -2,7 +2,8 @@
 
     python benchmarks/retrieval.py [--sizes market msmt17] [--rerank] [--classic] [--threads 2]
 
-Each size runs in a process of its own, so that its peak memory is its own. `--classic` also times dense NumPy re-ranking (10 GB at Market-1501's size).
+Each size runs in a process of its own, so that its peak memory is its own.
+`--classic` also times dense NumPy re-ranking (9 GB at Market-1501's size).
 """
 import argparse, resource, statistics, subprocess, sys, time
 

@@ -33,7 +33,7 @@ def _getter(imgs, n, name):
     if len(imgs)!=n: raise ValueError(f'{name}: {len(imgs)} images for {n} rows of features; there must be one for each, in the same order.')
     return lambda i: as_image(imgs.iloc[i] if hasattr(imgs, 'iloc') else imgs[i])
 
-# %% ../nbs/17_interpret.ipynb #c149dbdc
+# %% ../nbs/17_interpret.ipynb #f8460a65
 _right,_wrong = '#2ca02c','#d62728'
 
 def _frame(ax, img, title, color='black'):
@@ -54,7 +54,8 @@ def plot_ranked(
     "Queries, and their nearest gallery images framed in green where right and red where wrong"
     has = res.n_matches.nonzero()[0]
     queries = np.array(ifnone(queries, has[np.linspace(0, len(has)-1, min(4, len(has))).astype(int)]), ndmin=1)
-    if len(bad := queries[(queries<0)|(queries>=len(res))]): raise ValueError(f'queries={bad.tolist()}: there are {len(res)} queries, counted from 0.')
+    if len(bad := queries[(queries<0)|(queries>=len(res))]):
+        raise ValueError(f'queries={bad.tolist()}: there are {len(res)} queries, counted from 0.')
     q_img,g_img = _getter(q_imgs, len(res), 'q_imgs'),_getter(g_imgs, len(res.g_pids), 'g_imgs')
     (idxs,dists),ap = res.topk(k, queries),res.ap
     fig,axs = plt.subplots(len(queries), k+1, figsize=((k+1)*size, len(queries)*size*2.6), squeeze=False, layout='constrained')

@@ -42,7 +42,8 @@ def problem(seed, n_q, n_g, d, ids, cams, ties):
     return [f(n_q).astype(np.float32), rng.integers(-1, ids+1, n_q), rng.integers(0, cams, n_q),
             f(n_g).astype(np.float32), rng.integers(-1, ids+1, n_g), rng.integers(0, cams, n_g)]
 
-problems = st.builds(problem, st.integers(0,2**31), st.integers(1,40), st.integers(1,90), st.integers(1,6), st.integers(1,8), st.integers(1,4), st.booleans())
+problems = st.builds(problem, st.integers(0,2**31), st.integers(1,40), st.integers(1,90),
+                     st.integers(1,6), st.integers(1,8), st.integers(1,4), st.booleans())
 
 def check(res, p, metric):
     want,lists = oracle(*p, metric)
@@ -51,7 +52,8 @@ def check(res, p, metric):
         got = tuple(df.loc[i, ['AP','first_hit','INP']])
         assert np.isnan(got).all() if w is None else np.allclose(got, w, rtol=0, atol=1e-12), (i, got, w)
     some = [w for w in want if w]
-    np.testing.assert_allclose([res.mAP, res.mINP, res.rank1], [np.mean([w[0] for w in some]), np.mean([w[2] for w in some]), np.mean([w[1]==1 for w in some])])
+    np.testing.assert_allclose([res.mAP, res.mINP, res.rank1],
+                               [np.mean([w[0] for w in some]), np.mean([w[2] for w in some]), np.mean([w[1]==1 for w in some])])
     np.testing.assert_allclose(res.cmc(7), [np.mean([w[1]<=r for w in some]) for r in range(1,8)])
     assert res.n_skipped==want.count(None)
     idxs,dists = res.topk(k)
@@ -210,12 +212,16 @@ def args(**kw): return {**dict(q_feats=np.eye(3), q_pids=[1,2,3], q_camids=[0]*3
 @pytest.mark.parametrize('kw,msg', [
     (dict(q_feats=np.full((3,3), np.nan)), 'q_feats: 3 of 3 rows hold NaN'), (dict(g_feats=np.diag([1,np.inf,1])), 'the first is row 1'),
     (dict(q_pids=[1,2]), r'q_pids: shape \(2,\) for 3'), (dict(q_camids=[1]*4), r'q_camids: shape \(4,\) for 3'),
-    (dict(g_pids=[[1,2,3]]), r'g_pids: shape \(1, 3\) for 3'), (dict(g_camids=[]), 'g_camids'), (dict(g_feats=np.eye(3)[:,:2]), '3 numbers an image, gallery features 2'),
+    (dict(g_pids=[[1,2,3]]), r'g_pids: shape \(1, 3\) for 3'), (dict(g_camids=[]), 'g_camids'),
+    (dict(g_feats=np.eye(3)[:,:2]), '3 numbers an image, gallery features 2'),
     (dict(g_feats=np.zeros((0,3)), g_pids=[], g_camids=[]), 'empty: 0 images'), (dict(g_pids=[-1]*3), 'empty: 3 images, 3 of them junk'),
-    (dict(q_feats=np.zeros((0,3)), q_pids=[], q_camids=[]), 'has a match|query is empty'), (dict(g_pids=[4,5,6]), 'None of the 3 queries has a match'),
-    (dict(g_camids=[0]*3), 'from another camera'), (dict(metric='l2'), "metric='l2'"), (dict(chunk_size=0), 'chunk_size=0'), (dict(q_pids=[1,2,.5]), 'integers or strings'),
+    (dict(q_feats=np.zeros((0,3)), q_pids=[], q_camids=[]), 'query is empty'),
+    (dict(g_pids=[4,5,6]), 'None of the 3 queries has a match'),
+    (dict(g_camids=[0]*3), 'from another camera'), (dict(metric='l2'), "metric='l2'"), (dict(chunk_size=0), 'chunk_size=0'),
+    (dict(q_pids=[1,2,.5]), 'integers or strings'),
     (dict(q_feats=np.ones(3)), 'images, numbers per image'), (dict(q_feats=np.zeros((3,0)), g_feats=np.zeros((3,0))), 'images, numbers per image'),
-    (dict(q_pids=['a','b','c']), 'of one kind'), (dict(q_feats=1e20*np.eye(3, dtype=np.float32), g_feats=np.eye(3, dtype=np.float32), metric='euclidean'), 'overflows'),
+    (dict(q_pids=['a','b','c']), 'of one kind'),
+    (dict(q_feats=1e20*np.eye(3, dtype=np.float32), g_feats=np.eye(3, dtype=np.float32), metric='euclidean'), 'overflows'),
 ], ids=str)
 def test_errors(kw, msg):
     with pytest.raises(ValueError, match=msg): build(**args(**kw))
@@ -327,7 +333,8 @@ def test_rerank_memory(monkeypatch):
     monkeypatch.setattr(rerank, '_free_memory', lambda: need[1])
     assert res.rerank(k1=10).mAP>0
 
-@pytest.mark.parametrize('kw,msg', [(dict(k1=0), 'k1=0'), (dict(k1=100), '1..99'), (dict(k1=3,k2=5), 'k2=5'), (dict(lambda_value=-.1), 'lambda_value=-0.1')], ids=str)
+@pytest.mark.parametrize('kw,msg', [
+    (dict(k1=0), 'k1=0'), (dict(k1=100), '1..99'), (dict(k1=3,k2=5), 'k2=5'), (dict(lambda_value=-.1), 'lambda_value=-0.1')], ids=str)
 def test_rerank_errors(kw, msg):
     with pytest.raises(ValueError, match=msg): build(*crowd(2, 20, 80)).rerank(**kw)
 
@@ -335,7 +342,8 @@ def test_rerank_round_trip(tmp_path):
     res = build(*crowd(3, 20, 80)).rerank()
     res.save(tmp_path/'r')
     got = RetrievalResults.load(tmp_path/'r')
-    assert got.per_query().equals(res.per_query()) and torch.equal(got.topk(9).dists, res.topk(9).dists) and got.rerank(5, 2).mAP==res.rerank(5, 2).mAP
+    assert got.per_query().equals(res.per_query()) and torch.equal(got.topk(9).dists, res.topk(9).dists)
+    assert got.rerank(5, 2).mAP==res.rerank(5, 2).mAP
 
 # --- pictures
 
@@ -360,7 +368,8 @@ def test_plot_ranked(shown, tmp_path):
     q,g = gallery(2),gallery(6)
     for i,o in enumerate(g): Image.fromarray(o).save(tmp_path/f'{i}.png')
     paths = [tmp_path/f'{i}.png' for i in range(6)]
-    for src in (g, paths, [str(o) for o in paths], pd.Series(paths, index=list('abcdef')), torch.as_tensor(np.stack(g)).permute(0,3,1,2), lambda i: g[i], np.stack(g)):
+    x = np.stack(g)
+    for src in (g, paths, [str(o) for o in paths], pd.Series(paths, index=list('abcdef')), torch.as_tensor(x).permute(0,3,1,2), lambda i: g[i], x):
         axs = plot_ranked(res, q, src, queries=0, k=6)
         assert axs.shape==(1,7)
         shown_ = [a for a in axs[0,1:] if a.axison]

@@ -52,7 +52,7 @@ def count_ranks(
     below = (c := counts.view(len(keys), -1)).cumsum(1)-c
     return below.view(-1)[b[at].long()] + place[torch.searchsorted(near, at)] + 1
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #e8f1e610
+# %% ../../nbs/10_evaluation.metrics.ipynb #082a38e5
 def _labels(x, n, name):
     "`x` as an array of `n` integers or strings"
     x = x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
@@ -64,8 +64,9 @@ def _labels(x, n, name):
 
 def _codes(q, g, name):
     "Integers that are equal where labels are; integers stay as they are"
-    if (q.dtype.kind=='U')!=(g.dtype.kind=='U'): raise ValueError(f'{name}: {q.dtype} for queries, {g.dtype} for the gallery; they must be of one kind.')
-    return (q,g) if q.dtype.kind!='U' else np.split(np.unique(np.concatenate([q,g]), return_inverse=True)[1]+1, [len(q)])
+    if (text := q.dtype.kind=='U')!=(g.dtype.kind=='U'):
+        raise ValueError(f'{name}: {q.dtype} for queries, {g.dtype} for the gallery; they must be of one kind.')
+    return (q,g) if not text else np.split(np.unique(np.concatenate([q,g]), return_inverse=True)[1]+1, [len(q)])
 
 # %% ../../nbs/10_evaluation.metrics.ipynb #8c5e91eb
 class RetrievalResults:
@@ -287,7 +288,7 @@ def is_match(self:RetrievalResults,
     "Whether gallery image `g` shows the person of query `q`"
     return bool(self.g_pids[g]==self.q_pids[q] and self.g_pids[g] not in (JUNK_PID, DISTRACTOR_PID))
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #22d73298
+# %% ../../nbs/10_evaluation.metrics.ipynb #abe92795
 _format,_readers = 'reid_fastai.retrieval.1',{} # readers of distances by class name
 _readers['Distances'] = lambda tensors,meta: Distances(tensors['q'], tensors['g'], meta['metric'], meta['chunk_size'])
 
@@ -318,7 +319,8 @@ def load(cls:RetrievalResults,
     try:
         with safe_open(path, 'pt') as f: meta,tensors = f.metadata() or {},{k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as e: raise ValueError(f'{path} is damaged, or no safetensors file: {e}') from e
-    if meta.get('format')!=_format: raise ValueError(f"{path} holds {meta.get('format')!r}, not {_format!r}: it was not written by `RetrievalResults.save`.")
+    if meta.get('format')!=_format:
+        raise ValueError(f"{path} holds {meta.get('format')!r}, not {_format!r}: it was not written by `RetrievalResults.save`.")
     meta = json.loads(meta['meta'])
     labels = [np.array(meta['labels'][o]) if o in meta['labels'] else tensors[o].numpy() for o in _label_names]
     return cls(_readers[meta['dists']](tensors, meta), *labels, ranks=tensors['ranks'].numpy())
