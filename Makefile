@@ -6,7 +6,7 @@ READY = .venv/.ready
 .PHONY: demo test clean
 
 demo: $(READY)
-	$(BIN)/reid-train --epochs 6 --steps 40
+	$(BIN)/reid-train --epochs 5
 
 test: $(READY)
 	$(BIN)/python -m pytest -q
