@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['extract_features', 'search', 'RetrievalMetrics']
 
-# %% ../../nbs/14_callback.evaluation.ipynb #b9709154
+# %% ../../nbs/14_callback.evaluation.ipynb #e2379959
 import pandas as pd
 import torch
 from fastai.callback.core import Callback,CancelValidException
 from fastai.learner import Learner,ValueMetric
-from fastai.torch_core import to_device
+from fastai.torch_core import no_random,to_device
 from fastcore.all import *
 from torch import nn
 
 from ..core import progress
 from ..evaluation.metrics import *
 
-# %% ../../nbs/14_callback.evaluation.ipynb #3abb94e0
+# %% ../../nbs/14_callback.evaluation.ipynb #242e4d40
 @torch.no_grad()
 def extract_features(
     model:nn.Module, # Gives embeddings (b, d) in evaluation
@@ -28,17 +28,18 @@ def extract_features(
     device,training,feats,i = next(model.parameters()).device,model.training,None,0
     model.eval()
     try:
-        for b in progress(dl, 'Extracting features', len(dl)):
-            x = to_device(b[0], device)
-            f = model(x)
-            if flip: f = (f + model(x.flip(-1)))/2
-            if feats is None: feats = torch.empty(dl.n, f.shape[1])
-            feats[i:i+len(f)] = f
-            i += len(f)
+        with no_random(reproducible=False):  # a loader draws a seed at each pass, and training must not depend on how often one looks
+            for b in progress(dl, 'Extracting features', len(dl)):
+                x = to_device(b[0], device)
+                f = model(x)
+                if flip: f = (f + model(x.flip(-1)))/2
+                if feats is None: feats = torch.empty(dl.n, f.shape[1])
+                feats[i:i+len(f)] = f
+                i += len(f)
     finally: model.train(training)
     return feats
 
-# %% ../../nbs/14_callback.evaluation.ipynb #dc2328f1
+# %% ../../nbs/14_callback.evaluation.ipynb #92e12f4b
 @patch
 def embed(self:Learner,
     dl=None, # Images; None: `dls.valid`, the queries followed by the gallery. `dls.test_dl(files)` makes one of new images
@@ -54,7 +55,7 @@ def search(
 ) -> RetrievalResults: # To measure, re-rank, draw and save
     "Search the gallery for every query"
     q = (df.split=='query').to_numpy()
-    def part(o): return feats[torch.from_numpy(o)], df.pid.to_numpy()[o], df.camid.to_numpy()[o]
+    def part(o): return feats[torch.tensor(o)], df.pid.to_numpy()[o], df.camid.to_numpy()[o]
     return RetrievalResults.from_embeddings(*part(q), *part(~q), metric=metric)
 
 @patch
@@ -67,7 +68,7 @@ def retrieval(self:Learner,
         raise ValueError('These loaders have no queries and gallery; `ReIDDataLoaders.from_path` or `from_df` makes loaders that have.')
     return search(self.embed(flip=flip), df, metric)
 
-# %% ../../nbs/14_callback.evaluation.ipynb #97d5147b
+# %% ../../nbs/14_callback.evaluation.ipynb #b25a368d
 class RetrievalMetrics(Callback):
     "Show mAP and Rank-1 in the training table, and keep the results"
     order = 40  # before `Recorder` writes its row
