@@ -200,7 +200,7 @@ class AdaptiveL2(L2Callback):
     def after_step(self):
         if self._still: self.regularizer.theta.data[self._still[0]] = self._still[1]
 
-# %% ../../nbs/12_callback.regularizer.ipynb #f1c89c6b
+# %% ../../nbs/12_callback.regularizer.ipynb #a8e8245d
 class AnnealedL2(L2Callback):
     "Add `λ(t) Σ ‖w_n‖²` to the loss, λ(t) fixed in advance"
     def __init__(self,
@@ -214,6 +214,8 @@ class AnnealedL2(L2Callback):
 
     def _regularizer(self, model): return L2Regularizer(model, **self.kwargs).to(next(model.parameters()).device)
 
-    def before_batch(self):
-        t = len(self._epochs)-1 + self.iter/self.n_iter  # the history begins with the start
-        self.regularizer.factors.fill_(np.interp(t, range(len(self.curve)), self.curve))
+    def _set(self, t): self.regularizer.factors.fill_(np.interp(t, range(len(self.curve)), self.curve))  # t in epochs
+    def before_batch(self): self._set(len(self._epochs)-1 + self.iter/self.n_iter)  # the history begins with the start
+    def after_train(self):
+        self._set(len(self._epochs))
+        super().after_train()
