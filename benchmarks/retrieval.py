@@ -1,11 +1,14 @@
 """Time and memory of retrieval and re-ranking on random features of a benchmark's size, beside the bare matrix product.
 
-    python benchmarks/retrieval.py [--sizes market msmt17] [--rerank] [--classic] [--threads 2]
+    python benchmarks/retrieval.py [--sizes market msmt17] [--rerank] [--classic] [--torchreid DIR] [--threads 2]
 
 Each size runs in a process of its own, so that its peak memory is its own.
 `--classic` also times dense NumPy re-ranking (9 GB at Market-1501's size).
+`--torchreid` also times that library's evaluator; DIR is a checkout of KaiyangZhou/deep-person-reid, its extension
+built by `python setup.py build_ext --inplace` in `torchreid/metrics/rank_cylib`. It needs 1 GB more at Market-1501's size.
 """
 import argparse, resource, statistics, subprocess, sys, time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -65,6 +68,24 @@ def classic(q, g, k1=20, k2=6, lam=.3):
         D[i] = (1-lam)*(1-s/(2-s))[n_q:] + lam*D[i]
     return D
 
+def beside_torchreid(folder, args, n):
+    "Time torchreid's distances and compiled evaluator on the same features, and compare its figures"
+    # Its two files by name: the package itself wants tensorboard, gdown and more
+    import types
+    for name in ('torchreid','torchreid.metrics','torchreid.metrics.rank_cylib'):
+        sys.modules[name] = m = types.ModuleType(name)
+        m.__path__ = [str(Path(folder, *name.split('.')))]
+    from torchreid.metrics.distance import compute_distance_matrix
+    from torchreid.metrics.rank import IS_CYTHON_AVAI, evaluate_rank
+    if not IS_CYTHON_AVAI: raise SystemExit(f'{folder}: the extension rank_cy is not built')
+    q,qp,qc,g,gp,gc = args
+    labels = [o.numpy() for o in (qp,gp,qc,gc)]
+    theirs = lambda: evaluate_rank(compute_distance_matrix(q, g, 'cosine').numpy(), *labels, max_rank=50)
+    for _ in range(n):
+        (o,ours),(t,(cmc,mAP)) = timed(lambda: (res := RetrievalResults.from_embeddings(*args), res.mAP, res.mINP, res.cmc(50))),timed(theirs)
+        print(f'  ours {o:6.2f} s   torchreid {t:6.2f} s, {t/o:.2f} times as long; mAP differs by {abs(ours[1]-mAP):.1e}, CMC by {np.abs(ours[3]-cmc).max():.1e}')
+    print(f'  peak memory with torchreid {peak():.2f} GB')
+
 def run(size, a):
     args = features(*SIZES[size])
     (q,g),n = (args[0],args[3]),(1 if size=='msmt17' else a.repeats)
@@ -73,6 +94,7 @@ def run(size, a):
     rows = [(timed(lambda: product(q, g))[0], *timed(lambda: RetrievalResults.from_embeddings(*args))) for _ in range(n)]
     for t,r,_ in rows: print(f'  product {t:6.2f} s   retrieval {r:6.2f} s   ratio {r/t:.2f}')
     print(f'  median ratio {statistics.median(r/t for t,r,_ in rows):.2f}, peak memory {peak():.2f} GB')
+    if a.torchreid: beside_torchreid(a.torchreid, args, n)
     if a.rerank:
         t,new = timed(rows[0][2].rerank)
         print(f'  re-ranking {t:.1f} s, peak memory {peak():.2f} GB')
@@ -86,11 +108,12 @@ if __name__=='__main__':
     p.add_argument('--sizes', nargs='+', default=['market'], choices=list(SIZES))
     p.add_argument('--rerank', action='store_true', help='time re-ranking too')
     p.add_argument('--classic', action='store_true', help='with --rerank: time the dense algorithm beside it')
+    p.add_argument('--torchreid', metavar='DIR', help='time the evaluator of this checkout beside ours')
     p.add_argument('--threads', type=int, default=torch.get_num_threads())
     p.add_argument('--repeats', type=int, default=3)
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     if len(a.sizes)==1: run(a.sizes[0], a)
     else:
-        rest = ['--rerank']*a.rerank+['--classic']*a.classic+[f'--threads={a.threads}', f'--repeats={a.repeats}']
+        rest = ['--rerank']*a.rerank+['--classic']*a.classic+[f'--torchreid={a.torchreid}']*bool(a.torchreid)+[f'--threads={a.threads}', f'--repeats={a.repeats}']
         for s in a.sizes: subprocess.run([sys.executable, __file__, '--sizes', s, *rest], check=True)

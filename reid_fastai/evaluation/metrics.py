@@ -241,7 +241,39 @@ def rank1(self:RetrievalResults) -> float: # In [0, 1]
     "Rank-1: the fraction of queries whose nearest image is a match"
     return self.rank(1)
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #4042e0f3
+# %% ../../nbs/10_evaluation.metrics.ipynb #4e3ac4dc
+@patch
+def single_shot_cmc(self:RetrievalResults,
+    k:int=50, # Up to which rank
+    repeats:int=10, # Draws for each query
+    seed:int=42 # Of the draws
+) -> np.ndarray: # (k,) float64 in [0, 1]; entry i belongs to rank i+1
+    "CMC where the gallery has one random image of each identity, and every distractor"
+    if k<1 or repeats<1: raise ValueError(f'k={k}, repeats={repeats}: both must be at least 1.')
+    pids = self._g[0].cpu()
+    alone = pids==DISTRACTOR_PID
+    who = torch.where(alone, -1-torch.arange(len(pids)), pids).unique(return_inverse=True)[1]
+    gen,hits = torch.Generator().manual_seed(seed),np.zeros(k)
+    for _,keys,row,col in progress(self._keys(), 'Drawing', -(-len(self)//self.dists.chunk_size)):
+        keys,(has,first_of) = keys.cpu(),np.unique(row.cpu(), return_index=True)
+        if not len(has): continue
+        keys,own = keys[has,:len(pids)],who[col.cpu()[first_of]][:,None]
+        for _ in range(repeats):
+            at = _draw(keys.isfinite(), who, gen)
+            picked = keys.gather(1, at)
+            mine,mine_at = picked.gather(1, own),at.gather(1, own)
+            rank = 1+((picked<mine) | ((picked==mine) & (at<mine_at))).sum(1)
+            hits += (rank[:,None]<=torch.arange(1, k+1)).sum(0).numpy()
+    return hits/(repeats*(self.n_matches>0).sum())
+
+def _draw(valid, who, gen):
+    "For each row and each of `who` the place of a random valid image; of an invalid one where there is none"
+    x = torch.rand(valid.shape, generator=gen).masked_fill_(~valid, -1)
+    order = torch.argsort(who*4. - x.double(), stable=True)  # by person, then from the highest draw down
+    starts = torch.bincount(who).cumsum(0)-torch.bincount(who)
+    return order[:,starts]
+
+# %% ../../nbs/10_evaluation.metrics.ipynb #0f962cd2
 @patch
 def summary(self:RetrievalResults
     ) -> pd.Series: # Per cent: mAP, Rank-1, Rank-5, Rank-10, mINP; and counts: queries, skipped, gallery (without junk)
@@ -255,7 +287,7 @@ def __repr__(self:RetrievalResults):
     return (f'{s.queries} queries ({s.skipped} without a match, skipped) in a gallery of {s.gallery}, {self.dists.metric}\n'
             + '  '.join(f'{k} {s[k]:.2f} %' for k in s.index[:5]))
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #93f58c3d
+# %% ../../nbs/10_evaluation.metrics.ipynb #1717f08f
 @patch
 def per_query(self:RetrievalResults
     ) -> pd.DataFrame: # One row a query, in order: query, pid, camid, AP, first_hit, INP, matches; NaN without a match
@@ -263,7 +295,7 @@ def per_query(self:RetrievalResults
     return pd.DataFrame(dict(query=np.arange(len(self)), pid=self.q_pids, camid=self.q_camids, AP=self.ap,
                              first_hit=self.first_hit, INP=self.inp, matches=self.n_matches))
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #860dc6f9
+# %% ../../nbs/10_evaluation.metrics.ipynb #8b861928
 @patch
 def topk(self:RetrievalResults,
     k:int=10, # How many
@@ -279,7 +311,7 @@ def topk(self:RetrievalResults,
         res.append((pad(i, (0,k-i.shape[1]), value=-1), pad(v, (0,k-v.shape[1]), value=torch.inf)))
     return TopK(*map(torch.cat, zip(*res)))
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #cc3b3298
+# %% ../../nbs/10_evaluation.metrics.ipynb #f4d5f612
 @patch
 def is_match(self:RetrievalResults,
     q:int, # Query
@@ -288,7 +320,7 @@ def is_match(self:RetrievalResults,
     "Whether gallery image `g` shows the person of query `q`"
     return bool(self.g_pids[g]==self.q_pids[q] and self.g_pids[g] not in (JUNK_PID, DISTRACTOR_PID))
 
-# %% ../../nbs/10_evaluation.metrics.ipynb #abe92795
+# %% ../../nbs/10_evaluation.metrics.ipynb #e267ebc3
 _format,_readers = 'reid_fastai.retrieval.1',{} # readers of distances by class name
 _readers['Distances'] = lambda tensors,meta: Distances(tensors['q'], tensors['g'], meta['metric'], meta['chunk_size'])
 
