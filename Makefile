@@ -1,9 +1,9 @@
-# `make demo` and `make test` are all a user needs; both make the environment first if it is missing.
+# `make demo`, `make test` and `make docs` are all a user needs; each makes the environment first if it is missing.
 PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: demo test clean
+.PHONY: demo test docs clean
 
 demo: $(READY)
 	$(BIN)/reid-train --epochs 5
@@ -11,10 +11,15 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -q
 
+# The whole site from scratch, as a stale page would hide a broken link. `python -m http.server -d _docs/html` shows it.
+docs: $(READY)
+	rm -rf _docs
+	$(BIN)/python -m sphinx -W --keep-going -q -d _docs/doctrees nbs _docs/html
+
 $(READY): setup.py settings.ini pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist _docs *.egg-info

@@ -1,0 +1,164 @@
+"Builds the site and walks through it in headless Chromium, as a visitor would; a test fails on any console error or request to another host."
+import functools, importlib, json, pkgutil, re, shutil, subprocess, sys, threading, time
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import reid_fastai
+
+pytest.importorskip('myst_nb', reason="the documentation needs pip install '.[dev]'")
+ws_client = pytest.importorskip('websockets.sync.client')
+root = Path(__file__).parents[1]
+chromium = next(filter(None, map(shutil.which, ['chromium', 'chromium-browser', 'google-chrome'])), None)
+needs_browser = pytest.mark.skipif(not chromium, reason='no Chromium on PATH')
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    "The site, built from scratch with warnings as errors"
+    d = tmp_path_factory.mktemp('docs')
+    res = subprocess.run([sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-d', d/'doctrees', root/'nbs', d/'html'], capture_output=True, text=True)
+    assert not res.returncode, res.stderr
+    return d/'html'
+
+
+class Browser:
+    "One tab of a headless Chromium that can reach nothing but this machine, over the DevTools protocol"
+    def __init__(self, base, profile):
+        self.base,self.n,self.errors,self.urls = base,0,[],[]
+        self.proc = subprocess.Popen([chromium, '--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--disable-background-networking',
+            '--no-first-run', '--hide-scrollbars', '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1', '--remote-debugging-port=0', f'--user-data-dir={profile}',
+            'about:blank'], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        said = []
+        for line in self.proc.stderr:
+            said.append(line)
+            if m := re.search(r'ws://\S+', line): break
+        else: raise RuntimeError(f'Chromium did not start: {"".join(said)}')
+        threading.Thread(target=self.proc.stderr.read, daemon=True).start()  # a full pipe would stop it
+        self.ws,self.session = ws_client.connect(m[0], max_size=None),None
+        tab = self('Target.createTarget', url='about:blank')['targetId']
+        self.session = self('Target.attachToTarget', targetId=tab, flatten=True)['sessionId']
+        for o in 'Page', 'Runtime', 'Log', 'Network': self(f'{o}.enable')
+    def __call__(self, method, **params):
+        "The result of a command; what happens meanwhile is noted"
+        self.n += 1
+        self.ws.send(json.dumps(dict(id=self.n, method=method, params=params, **({'sessionId': self.session} if self.session else {}))))
+        while (msg := json.loads(self.ws.recv(timeout=60))).get('id')!=self.n: self.note(msg.get('method'), msg.get('params'))
+        assert 'error' not in msg, msg
+        return msg['result']
+    def note(self, method, o):
+        if method=='Network.requestWillBeSent': self.urls.append(o['request']['url'])
+        bad = method=='Runtime.exceptionThrown' or (method=='Runtime.consoleAPICalled' and o['type'] in ('error', 'assert'))
+        if bad or (method=='Log.entryAdded' and o['entry']['level']=='error'): self.errors.append(o)
+    def js(self, code):
+        "Value of a JavaScript expression"
+        res = self('Runtime.evaluate', expression=code, returnByValue=True, awaitPromise=True)
+        assert 'exceptionDetails' not in res, res
+        return res['result'].get('value')
+    def wait(self, code, secs=30):
+        "Value of a JavaScript expression, once it is true"
+        end = time.monotonic()+secs
+        while not (res := self.js(code)):
+            assert time.monotonic()<end, f'never true: {code}'
+            time.sleep(.05)
+        return res
+    def open(self, page):
+        "Load `page` and typeset its formulas"
+        self('Page.navigate', url=f'{self.base}/{page}')
+        self.wait(f'location.href.endsWith({json.dumps(page)}) && document.readyState=="complete"')
+        self.wait('window.MathJax ? MathJax.startup.promise.then(() => true) : true')
+    def see(self, width=1280, height=900, dark=False):
+        "Size of the window, and the colours the visitor prefers"
+        self('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1, mobile=width<600)
+        self('Emulation.setEmulatedMedia', features=[dict(name='prefers-color-scheme', value='dark' if dark else 'light')])
+    def close(self):
+        self.ws.close()
+        self.proc.terminate()
+        self.proc.wait(20)
+
+@pytest.fixture(scope='module')
+def served(site, tmp_path_factory):
+    "A browser, and the site on a port of this machine"
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    server = ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    browser = Browser(f'http://127.0.0.1:{server.server_port}', tmp_path_factory.mktemp('profile'))
+    yield browser
+    browser.close()
+    server.shutdown()
+
+@pytest.fixture
+def browser(served):
+    served.see()
+    served.errors.clear(), served.urls.clear()
+    yield served
+    served.js('1')  # collects what was still under way
+    assert not served.errors
+    assert all(o.startswith((served.base, 'data:')) for o in served.urls)
+
+
+def pages(site): return sorted(str(p.relative_to(site)) for p in site.rglob('*.html') if p.relative_to(site).parts[0]!='_modules')
+
+def public():
+    "Full name of every public function and class"
+    for m in pkgutil.walk_packages(reid_fastai.__path__, 'reid_fastai.'):
+        mod = importlib.import_module(m.name)
+        if m.name.endswith(('.all', '._modidx')): continue
+        yield from (f'{m.name}.{k}' for k in getattr(mod, '__all__', []) if getattr(getattr(mod, k), '__module__', None)==m.name)
+
+def test_every_symbol_has_an_entry(site):
+    "… with a link to its source"
+    entries = {k: b for p in site.glob('*.html') for k,b in re.findall(r'<dt class="sig[^"]*" id="([\w.]+)">(.*?)</dt>', p.read_text(encoding='utf-8'), re.S)}
+    missing = set(public())-set(entries)
+    assert len(entries)>80 and not missing
+    assert not [k for k,b in entries.items() if '_modules/' not in b]
+
+@needs_browser
+def test_home(browser, site):
+    browser.open('index.html')
+    assert any(o.endswith('.css') for o in browser.urls)  # requests are seen
+    assert 'reid_fastai' in browser.js('document.title')
+    assert browser.js('document.querySelector("article h1").innerText').strip()
+    linked = browser.js('[...document.querySelectorAll(".sidebar-tree a")].map(a => a.getAttribute("href"))')
+    assert set(linked)>={p for p in pages(site) if p not in ('index.html', 'search.html', 'genindex.html', 'py-modindex.html')}
+
+@needs_browser
+def test_api(browser):
+    browser.open('01_regularizers.html')
+    entry = 'document.getElementById("reid_fastai.regularizers.hard_sigmoid")'
+    assert browser.js(f'{entry}.innerText').startswith('hard_sigmoid(')
+    assert 'Any shape' in browser.js(f'{entry}.parentElement.querySelector("table").innerText')
+    assert browser.js('document.querySelectorAll("mjx-container svg").length')>5
+    assert not browser.js('document.querySelectorAll("mjx-merror, [data-mjx-error]").length')
+    browser.open(browser.js(f'{entry}.querySelector("a[href*=_modules]").getAttribute("href")'))
+    assert 'def hard_sigmoid(' in browser.js('document.querySelector(":target").innerText')
+
+@needs_browser
+def test_tutorial(browser, site):
+    first = next((p for p in pages(site) if p.startswith('tutorials/')), None)
+    if not first: pytest.skip('no tutorial yet')
+    browser.open(first)
+    assert browser.js('document.querySelectorAll("div.highlight").length')
+    assert browser.js('document.querySelectorAll("article img").length')
+
+@needs_browser
+@pytest.mark.parametrize('query,page', [('hard_sigmoid', '01_regularizers'), ('re-ranking', '11_evaluation.rerank'), ('mINP', '10_evaluation.metrics')])
+def test_search(browser, query, page):
+    browser.open('index.html')
+    browser.js(f'document.querySelector(".sidebar-search").value={query!r}; document.querySelector(".sidebar-search-container").submit()')
+    browser.wait(f'document.querySelector("#search-results a[href^=\\"{page}.html\\"]")?.innerText')
+    browser.js(f'document.querySelector("#search-results a[href^=\\"{page}.html\\"]").click()')
+    browser.wait(f'location.pathname=="/{page}.html" && document.readyState=="complete"')
+
+@needs_browser
+@pytest.mark.parametrize('width,dark', [(1280, False), (390, True)], ids=['light', 'dark phone'])
+def test_every_page(browser, site, width, dark):
+    "Figures are there, formulas are typeset, nothing sticks out, and the colours are those asked for"
+    browser.see(width, dark=dark)
+    for page in pages(site):
+        browser.open(page)
+        assert not browser.js('[...document.images].filter(i => i.loading!="lazy" && !i.naturalWidth).map(i => i.src)'), page
+        assert not browser.js('document.querySelectorAll("[data-mjx-error]").length'), page
+        assert browser.js('document.documentElement.scrollWidth<=innerWidth'), page
+        shade = sum(map(int, re.findall(r'\d+', browser.js('getComputedStyle(document.body).backgroundColor'))[:3]))/3
+        assert (shade<64 if dark else shade>192), page
