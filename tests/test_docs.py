@@ -1,7 +1,8 @@
 "Builds the site and walks through it in headless Chromium, as a visitor would; a test fails on any console error or request to another host."
-import functools, importlib, json, pkgutil, re, shutil, subprocess, sys, threading, time
+import functools, importlib, json, os, pkgutil, re, shutil, subprocess, sys, threading, time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import reid_fastai
@@ -112,6 +113,17 @@ def test_every_symbol_has_an_entry(site):
     missing = set(public())-set(entries)
     assert len(entries)>80 and not missing
     assert not [k for k,b in entries.items() if '_modules/' not in b]
+
+def test_links(site):
+    "Every link within the site has a page, and a place on it, to go to"
+    html = {p.relative_to(site): p.read_text(encoding='utf-8') for p in site.rglob('*.html')}
+    ids = {p: set(re.findall(r'\bid="([^"]+)"', s)) for p,s in html.items()}
+    def there(page, href):
+        path,_,anchor = unquote(href).partition('#')
+        to = Path(os.path.normpath(page.parent/path)) if path else page
+        return (site/to).exists() and (not anchor or to not in ids or anchor in ids[to])
+    bad = {(str(p), h) for p,s in html.items() for h in re.findall(r'<a [^>]*?href="([^"?]+)', s) if not re.match('[a-z]+:', h) and not there(p, h)}
+    assert not bad
 
 @needs_browser
 def test_home(browser, site):
