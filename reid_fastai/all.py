@@ -5,6 +5,9 @@ from .models import *
 from .data.all import *
 from .evaluation.all import *
 from .callback.all import *
+from .schedules import *
 from .learner import *
 from .interpret import *
 from .export import *
+from .runs import *
+from .experiments import *

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['paper_adam', 'ReIDLearner', 'reid_learner']
 
-# %% ../nbs/16_learner.ipynb #5d487f90
+# %% ../nbs/16_learner.ipynb #3a22cf52
 from typing import Callable
 
 from fastai.callback.all import *  # the training table, `fit_one_cycle`, `lr_find` and `to_fp16` patch `Learner`
@@ -17,6 +17,7 @@ from fastcore.all import *
 from .callback.evaluation import *
 from .losses import ReIDLoss
 from .models import *
+from .schedules import *
 
 # %% ../nbs/16_learner.ipynb #1ece7a4a
 #: The paper's optimizer: Adam with β = (0.9, 0.999) and ε = 1e-7, and no weight decay beside the penalty
