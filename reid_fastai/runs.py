@@ -146,7 +146,7 @@ class Checkpoint(Callback):
         if self.keep_best and self.table.mAP.idxmax()==len(self.rows)-1: save_model(self.learn.model, self.folder/'best.safetensors', self.dls.size)
         self._write()
 
-# %% ../nbs/19_runs.ipynb #21310d3c
+# %% ../nbs/19_runs.ipynb #af395e18
 # Plain types and tensors alone, so that the file can be read without running code that somebody put in it
 def _random():
     s = get_random_states()
@@ -160,7 +160,7 @@ def _moments(opt):
 @patch
 def _write(self:Checkpoint):
     smooth = self.recorder.smooth_loss
-    state = dict(epochs=len(self.rows), model=self.learn.model.state_dict(), opt=_moments(self.opt), random=_random(),
+    state = dict(rows=self.rows, model=self.learn.model.state_dict(), opt=_moments(self.opt), random=_random(),
                  smooth=(smooth.count, smooth.val), train_epoch=self.dls.train.epoch)
     atomic_write(self.folder/'metrics.csv', self.table.to_csv(index=False))
     if cb := _l2(self.learn): atomic_write(self.folder/'lambdas.csv', cb.history.to_csv(index=False))
@@ -169,15 +169,15 @@ def _write(self:Checkpoint):
 
 def _l2(learn): return first(cb for cb in learn.cbs if isinstance(cb, L2Callback))
 
-# %% ../nbs/19_runs.ipynb #f5495e3d
+# %% ../nbs/19_runs.ipynb #5b4aafbd
 @patch
 def load(self:Checkpoint
     ) -> int: # Epochs behind us
     "Take up what an interrupted training left in the folder, if anything"
     if not self.file.exists(): return 0
     self.state = torch.load(self.file, map_location='cpu', weights_only=True)
-    n = self.state['epochs']
-    self.rows = pd.read_csv(self.folder/'metrics.csv', float_precision='round_trip')[:n].to_dict('records')
+    n = len(self.state['rows'])
+    self.rows = self.state['rows']
     if cb := _l2(self.learn): cb.restore_history(pd.read_csv(self.folder/'lambdas.csv')[lambda o: o.epoch<=n])
     self.learn.model.load_state_dict(self.state['model'])
     return n

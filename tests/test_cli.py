@@ -1,6 +1,7 @@
 "The commands as a user runs them: what they write, what they refuse, and that they repeat themselves"
-import json, subprocess, sys
+import json, runpy, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd, pytest
 
@@ -15,15 +16,24 @@ def data(): return str(make_synthetic(tiny=True))
 @pytest.fixture(scope='module')
 def run(data, tmp_path_factory): return reid_train(data, out=tmp_path_factory.mktemp('runs')/'a', **tiny_args)
 
-def shell(*args):
-    "Run a command of this environment"
-    return subprocess.run([Path(sys.executable).parent/args[0], *map(str, args[1:])], capture_output=True, text=True)
+script = lambda name: str(Path(sys.executable).parent/name)
+
+@pytest.fixture
+def shell(capsys, monkeypatch):
+    "Runs a command of this environment; in this process, as importing all it needs takes seconds"
+    def f(name, *args):
+        monkeypatch.setattr(sys, 'argv', [script(name), *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e: runpy.run_path(sys.argv[0], run_name='__main__')
+        return SimpleNamespace(returncode=e.value.code or 0, **capsys.readouterr()._asdict())
+    return f
 
 def test_run_folder(run):
-    assert {o.name for o in run.iterdir()}>={'config.json','metrics.csv','lambdas.csv','lambda_hist.png','model.safetensors','summary.md'}
+    assert {o.name for o in run.iterdir()}>={'config.json','metrics.csv','lambdas.csv','lambda_hist.png','ranked.png','model.safetensors','results.json','summary.md'}
+    assert not {o.name for o in run.iterdir()}&{'checkpoint.pth','best.safetensors'}
     cfg = json.loads((run/'config.json').read_text())
     assert cfg['seed']==42 and cfg['dataset']['counts']['train']['images']==60 and cfg['versions']['torch']
-    assert list(pd.read_csv(run/'metrics.csv').columns)==['epoch','train_loss','penalty','mAP','rank1','time']
+    assert list(pd.read_csv(run/'metrics.csv').columns)==['epoch','train_loss','penalty','mAP','rank1','seconds']
     assert pd.read_csv(run/'lambdas.csv').epoch.max()==2
 
 def test_same_seed_same_numbers(run, data, tmp_path):
@@ -47,31 +57,88 @@ def test_other_regularisers(kw, data, tmp_path):
     (['/no/such/folder'], 'does not exist'), (['--arch', 'resnet5o'], "'resnet50"), (['--amplitude', '0'], 'amplitude: got 0.0'),
     (['--amplitude', 'nan'], 'amplitude: got nan'), (['--size', 'big'], 'such as 256x128'), (['--epochs', '0'], 'epochs=0'), (['--l2', 'lasso'], "'lasso'"),
     (['--pretrained', '/no/such.safetensors'], 'there is no such file')])
-def test_bad_input_exits_with_2(args, words, tmp_path):
+def test_bad_input_exits_with_2(args, words, tmp_path, shell):
     res = shell('reid-train', '--out', tmp_path/'run', *args)
-    assert res.returncode==2 and words in res.stderr and 'Traceback' not in res.stderr, res.stderr
+    assert res.returncode==2 and words in res.err and 'Traceback' not in res.err, res.err
     assert not (tmp_path/'run').exists()
 
-def test_existing_run_is_kept(run):
+def test_existing_run_is_kept(run, shell):
     before = sorted((o.name, o.stat().st_mtime_ns) for o in run.iterdir())
     res = shell('reid-train', '--out', run)
-    assert res.returncode==2 and 'exists already' in res.stderr
+    assert res.returncode==2 and 'exists already' in res.err
     assert before==sorted((o.name, o.stat().st_mtime_ns) for o in run.iterdir())
 
-def test_data_that_is_none(tmp_path, data):
+def test_data_that_is_none(tmp_path, data, shell):
     (tmp_path/'photos').mkdir()
     res = shell('reid-train', tmp_path/'photos', '--out', tmp_path/'r')
-    assert res.returncode==2 and 'no known layout' in res.stderr and 'bounding_box_train' in res.stderr
+    assert res.returncode==2 and 'no known layout' in res.err and 'bounding_box_train' in res.err
     res = shell('reid-train', data, '--out', tmp_path/'r', '--size', '64x32', '--n-pids', '99', '--arch', 'resnet10t', '--pretrained', 'none')
-    assert res.returncode==2 and '99' in res.stderr and not (tmp_path/'r').exists()
+    assert res.returncode==2 and '99' in res.err and not (tmp_path/'r').exists()
 
-def test_truncated_image_is_named(tmp_path):
+def test_truncated_image_is_named(tmp_path, shell):
     d = make_synthetic(tmp_path/'d', tiny=True)
     bad = sorted((d/'query').iterdir())[0]
     bad.write_bytes(bad.read_bytes()[:200])
     res = shell('reid-train', d, '--out', tmp_path/'r', '--size', '64x32', '--n-pids', '4', '--arch', 'resnet10t', '--pretrained', 'none')
-    assert res.returncode==2 and bad.name in res.stderr
+    assert res.returncode==2 and bad.name in res.err
 
-def test_help_states_units_and_defaults():
-    for cmd in ('reid-train','reid-eval','reid-synth'): assert shell(cmd, '--help').returncode==0
-    assert 'px (default: 128x64)' in ' '.join(shell('reid-train', '--help').stdout.split())
+def test_help_states_units_and_defaults(shell):
+    for cmd in ('reid-train','reid-eval','reid-compare','reid-synth'): assert shell(cmd, '--help').returncode==0
+    assert 'px; default' in ' '.join(shell('reid-train', '--help').out.split())
+
+def _csv(run): return pd.read_csv(run/'metrics.csv').drop(columns='seconds')
+
+def test_resume_after_a_kill(data, tmp_path, shell):
+    "Killed by the system in the middle of an epoch, and gone on with by another process: the last digit is the same"
+    args = ['--arch', 'resnet10t', '--pretrained', 'none', '--size', '64x32', '--n-pids', '4', '--epochs', '5', '--steps', '4', '--eval-every', '2']
+    whole,cut = tmp_path/'whole',tmp_path/'cut'
+    assert shell('reid-train', data, '--out', whole, *args).returncode==0
+    p = subprocess.Popen([script('reid-train'), data, '--out', str(cut), *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (cut/'checkpoint.pth').exists() or len(pd.read_csv(cut/'metrics.csv'))<2:
+        assert p.poll() is None
+        time.sleep(.02)
+    p.kill()
+    p.wait()
+    assert (cut/'checkpoint.pth').exists() and not (cut/'results.json').exists()
+    res = shell('reid-train', '--resume', cut, '--lr', '1')
+    assert res.returncode==2 and 'lr' in res.err
+    assert subprocess.run([script('reid-train'), '--resume', str(cut)], capture_output=True).returncode==0
+    pd.testing.assert_frame_equal(_csv(whole), _csv(cut), check_exact=True)
+    for f in ('model.safetensors','lambdas.csv'): assert (whole/f).read_bytes()==(cut/f).read_bytes()
+    assert shell('reid-train', '--resume', cut).returncode==0  # complete: nothing is trained again
+
+def test_killed_before_the_first_epoch_ended(run, data, tmp_path):
+    "Only `config.json` is there"
+    out = tmp_path/'r'; out.mkdir()
+    (out/'config.json').write_text((run/'config.json').read_text())
+    assert reid_train(resume=out)==out
+    pd.testing.assert_frame_equal(_csv(run), _csv(out), check_exact=True)
+
+def test_resume_refuses_other_data(run, tmp_path):
+    out = tmp_path/'r'; out.mkdir()
+    cfg = json.loads((run/'config.json').read_text())
+    cfg['dataset']['counts']['train']['images'] += 1
+    (out/'config.json').write_text(json.dumps(cfg))
+    with pytest.raises(ValueError, match='begun with dataset'): reid_train(resume=out)
+
+def test_held_out_identities_choose(data, tmp_path):
+    out = reid_train(data, out=tmp_path/'r', val_pids=.25, **tiny_args)
+    res,table = json.loads((out/'results.json').read_text()),pd.read_csv(out/'metrics.csv')
+    assert res['epoch']==table.mAP.idxmax()+1 and res['queries']==6
+    assert round(100*reid_eval(out).mAP, 4)==res['mAP']
+    assert 'was chosen by mAP on 25 %' in (out/'summary.md').read_text()
+
+def test_compare(data, tmp_path, shell):
+    args = [data, '--out', tmp_path/'c', '--arch', 'resnet10t', '--pretrained', 'none', '--size', '64x32', '--n-pids', '4', '--epochs', '1', '--steps', '2',
+            '--arms', 'none', 'adaptive', '--seeds', '1', '--amplitudes', '5e-3']
+    res = shell('reid-compare', *args)
+    assert res.returncode==0 and '| adaptive | 0.005 |' in res.out, res.err
+    assert list(pd.read_csv(tmp_path/'c'/'results.csv').arm)==['none','adaptive']
+    assert {'summary.md','curves.png','lambda_hist.png'} <= {o.name for o in (tmp_path/'c').iterdir()}
+    res = shell('reid-compare', *args, '--lr', '1e-2')
+    assert res.returncode==2 and 'was begun with cfg' in res.err
+
+def test_table_of_the_paper_says_what_is_missing(tmp_path, shell):
+    res = shell('reid-compare', '--table', 'paper', '--root', tmp_path, '--out', tmp_path/'t')
+    assert res.returncode==0 and res.out.count('skipped: ')==15 and '87.2 / 94.6' in res.out
+    assert shell('reid-compare', '--table', 'paper').returncode==2

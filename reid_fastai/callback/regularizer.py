@@ -138,12 +138,12 @@ def penalty(self:L2Callback
     "The penalty as it is now"
     with torch.no_grad(): return self.regularizer()
 
-# %% ../../nbs/12_callback.regularizer.ipynb #5af9623c
+# %% ../../nbs/12_callback.regularizer.ipynb #a15f580b
 @patch
 def _note(self:L2Callback):
     r = self.regularizer
     theta = getattr(r, 'theta', torch.full_like(r.lambdas(), torch.nan))
-    self._epochs.append([np.array(o.detach().float().cpu()) for o in (theta, r.lambdas(), r.sq_norms())])  # copies: training goes on in place
+    self._epochs.append([o.detach().float().cpu().numpy().copy() for o in (theta, r.lambdas(), r.sq_norms())])  # copies: training goes on in place
 
 @patch
 def before_train(self:L2Callback):
