@@ -40,7 +40,7 @@ def param_kinds(
         return ('beta' if shift else 'gamma') if owner in norms else 'bias' if shift else 'kernel'
     return {n: kind(n) for n,_ in model.named_parameters() if n!=THETA}
 
-# %% ../nbs/01_regularizers.ipynb #78e707ad
+# %% ../nbs/01_regularizers.ipynb #e329d82f
 def _sq_norms(ws):
     "`‖w‖²` of each array of the list `ws` → (N,), float32 or finer"
     dtype = reduce(torch.promote_types, {w.dtype for w in ws}, torch.float32)
@@ -48,8 +48,9 @@ def _sq_norms(ws):
     # On a CPU `_foreach_norm` is a loop over arrays, and its running sum loses 3 digits on large ones
     return torch.stack([_sq_norm(w.detach().to(dtype).reshape(-1)) for w in ws])
 
-def _sq_norm(v, n=512):
+def _sq_norm(v, n=2048):
     "`‖v‖²` of a vector: its own precision within rows of `n`, float64 across them, so that rounding errors do not add up"
+    if len(v)<=n: return v@v
     k = len(v)//n*n
     rows = torch.linalg.vector_norm(v[:k].view(-1, n), dim=1).double()
     return (rows@rows + v[k:].double().square().sum()).to(v.dtype)
