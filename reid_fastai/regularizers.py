@@ -40,20 +40,20 @@ def param_kinds(
         return ('beta' if shift else 'gamma') if owner in norms else 'bias' if shift else 'kernel'
     return {n: kind(n) for n,_ in model.named_parameters() if n!=THETA}
 
-# %% ../nbs/01_regularizers.ipynb #e329d82f
+# %% ../nbs/01_regularizers.ipynb #3b494dcf
 def _sq_norms(ws):
     "`‖w‖²` of each array of the list `ws` → (N,), float32 or finer"
     dtype = reduce(torch.promote_types, {w.dtype for w in ws}, torch.float32)
     if ws[0].device.type!='cpu': return torch.stack(torch._foreach_norm(ws, dtype=dtype)).square()
     # On a CPU `_foreach_norm` is a loop over arrays, and its running sum loses 3 digits on large ones
-    return torch.stack([_sq_norm(w.detach().to(dtype).reshape(-1)) for w in ws])
+    return torch.stack([_sq_norm(w.to(dtype).reshape(-1)) for w in ws])
 
 def _sq_norm(v, n=2048):
     "`‖v‖²` of a vector: its own precision within rows of `n`, float64 across them, so that rounding errors do not add up"
     if len(v)<=n: return v@v
     k = len(v)//n*n
     rows = torch.linalg.vector_norm(v[:k].view(-1, n), dim=1).double()
-    return (rows@rows + v[k:].double().square().sum()).to(v.dtype)
+    return (rows@rows if k==len(v) else rows@rows + v[k:]@v[k:]).to(v.dtype)
 
 class _WeightedSqNorms(torch.autograd.Function):
     "`Σ_n λ_n ‖w_n‖²`"
