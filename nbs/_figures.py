@@ -1,4 +1,4 @@
-"Make the home page's figures: `python nbs/_figures.py RUN`, RUN the folder of a demo run."
+"Make the home page's figures: `python nbs/_figures.py RUN`, RUN a run folder."
 import io, shutil, sys
 from pathlib import Path
 
