@@ -37,7 +37,7 @@ def _user_errors(prog):
         print(f'{prog}: error: {e}', file=sys.stderr)
         raise SystemExit(2) from e
 
-# %% ../nbs/21_cli.ipynb #71cdfd2a
+# %% ../nbs/21_cli.ipynb #97335078
 def _new_folder(out, default):
     "The folder to be, which must not exist"
     out = Path(ifnone(out, default))
@@ -53,7 +53,7 @@ def _resumed(run, chosen):
 @call_parse(pos=['data'])
 @delegates(run_config)
 def reid_train(
-    data:str='synthetic', # 'synthetic', the folder of a dataset, or a CSV file with columns path, pid, camid and split
+    data:str='synthetic', # 'synthetic', the folder of a dataset, or a CSV file with columns path, pid, split and, if known, camid
     out:str=None, # Run folder to make; default: a new one in runs/
     resume:str=None, # Run folder of an interrupted run to go on with, from its last whole epoch
     **kwargs
@@ -74,7 +74,7 @@ def reid_train(
         print((out/'summary.md').read_text() + f'\nRun folder: {out}')
     return out
 
-# %% ../nbs/21_cli.ipynb #bd9002f7
+# %% ../nbs/21_cli.ipynb #72dfe39a
 def _embed(file, splits, df, flip, kept):
     "Embeddings of the images of `df`, from the file `kept` if it has them"
     of = dict(model=hashlib.sha256(file.read_bytes()).hexdigest(), images=hashlib.sha256('\n'.join(df.path).encode()).hexdigest(), n=str(len(df)), flip=str(flip))
@@ -111,19 +111,24 @@ def reid_eval(
         if rerank:
             results = results.rerank()
             print(f'\nre-ranked: {results}')
-        if csv: atomic_write(csv, results.per_query().to_csv(index=False))
+        if csv: atomic_write(csv, _named(results.per_query(), splits).to_csv(index=False))
     return None if is_cli() else results
+
+def _named(queries, splits):
+    "Names for identities that have one, and the image of each query"
+    rows = splits.query[splits.query.pid!=JUNK_PID]
+    return queries.assign(pid=[splits.pid_names.get(o, o) for o in queries.pid], path=rows.path.to_numpy())
 
 def _trained_on(file):
     if not file.with_name('config.json').exists():
         raise ValueError(f'{file} has no config.json beside it, so the data of the run is not known. Name a dataset: reid-eval {file} DATA')
     return read_config(file.parent)['data']
 
-# %% ../nbs/21_cli.ipynb #da1fc38b
+# %% ../nbs/21_cli.ipynb #51b6ce5f
 @call_parse(pos=['data'])
 @delegates(run_config, but=['l2','amplitude','factor','val_pids','seed'])
 def reid_compare(
-    data:str='synthetic', # 'synthetic', the folder of a dataset, or a CSV file with columns path, pid, camid and split
+    data:str='synthetic', # 'synthetic', the folder of a dataset, or a CSV file with columns path, pid, split and, if known, camid
     out:str=None, # Folder of the comparison, new or to go on with; default: one in runs/ named after data and backbone
     arms:Annotated[str, {'nargs':'+'}, "Regularisers to compare"]=ARMS,
     seeds:int=3, # Runs of each arm

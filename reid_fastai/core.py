@@ -20,29 +20,55 @@ from tqdm.std import tqdm
 JUNK_PID = -1       # ignored by the evaluation protocol
 DISTRACTOR_PID = 0  # always a wrong answer
 
-# %% ../nbs/00_core.ipynb #06529cda
+# %% ../nbs/00_core.ipynb #b2df856a
 _cols,_splits = ['path','pid','camid','split'], ['train','query','gallery']
 
 def _check_splits(df, name):
     "Refuse a table that is no Re-ID benchmark, and say what is amiss"
-    if missing := [c for c in _cols if c not in df]:
+    if missing := [c for c in _cols if c not in df and c!='camid']:
         raise ValueError(f'{name}: columns {missing} are missing; found {list(df.columns)}, needed {_cols}.')
     if not len(df): raise ValueError(f'{name}: the table has no rows, so there are no images.')
+    for c in _cols:
+        if c in df and df[c].isna().any(): raise ValueError(f'{name}: {df[c].isna().sum()} rows have no `{c}`, the first of them is row {df[c].isna().to_numpy().argmax()}. '
+                                              + ('Give all images a camera, or leave the column out.' if c=='camid' else 'Fill them in, or leave these rows out.'))
     if odd := sorted(set(df.split)-set(_splits), key=str): raise ValueError(f'{name}: `split` holds {odd}; it must be one of {_splits}.')
-    for c in ('pid','camid'):
-        if not pd.api.types.is_integer_dtype(df[c]):
-            raise ValueError(f'{name}: `{c}` has dtype {df[c].dtype}, not integer. `pd.factorize(df.{c})[0]` numbers the values.')
+    if (n := df.groupby('path').pid.nunique()).max()>1:
+        raise ValueError(f'{name}: {n.idxmax()} is listed with {n.max()} identities. Leave it with the right one.')
+    if (twice := df.duplicated(['path','split'])).any():
+        o = df[twice].iloc[0]
+        raise ValueError(f'{name}: {o.path} is listed twice in split {o.split!r}, {twice.sum()} images in all are. Leave them in once.')
 
-# %% ../nbs/00_core.ipynb #7f14043f
+# %% ../nbs/00_core.ipynb #0bb584bb
+def _number(values, first=1):
+    "Whole numbers as they are; anything else numbered in order from `first` on → numbers, {number: value}"
+    if pd.api.types.is_integer_dtype(values): return values.astype('int64'), {}
+    codes,names = pd.factorize(values.astype(str), sort=True)
+    return codes+first, dict(enumerate(names.tolist(), first))
+
 class ReIDSplits:
     "Images of a Re-ID benchmark in their three parts: train, query and gallery"
     def __init__(self,
-        df:pd.DataFrame, # One row an image: `path` (str), `pid` (int), `camid` (int), `split` ('train', 'query' or 'gallery')
+        df:pd.DataFrame, # One row an image: `path`, `pid` (a number or a name), `split` ('train', 'query' or 'gallery') and, if known, `camid`
         name:str='custom', # What to call the dataset in tables and summaries
-        root:str|Path|None=None # Folder that `path` is relative to; None if the paths stand on their own
+        root:str|Path|None=None, # Folder that `path` is relative to; None if the paths stand on their own
+        notes:list=() # Sentences that belong to the dataset wherever it is shown
     ):
         _check_splits(df, name)
-        self.df,self.name,self.root = df[_cols].reset_index(drop=True),name,None if root is None else Path(root)
+        self.name,self.root = name,None if root is None else Path(root)
+        df = df.reset_index(drop=True)
+        pid,self.pid_names = _number(df.pid)
+        camid = _number(df.camid)[0] if 'camid' in df else -1-pd.factorize(df.path)[0]
+        self.has_cameras = 'camid' in df
+        if self.has_cameras and min(camid)<0:
+            raise ValueError(f'{name}: camera {min(camid)}; number cameras from 0. If they are unknown, leave the column `camid` out.')
+        self.df = pd.DataFrame(dict(path=df.path.astype(str), pid=pid, camid=camid, split=df.split))
+        self.notes = [*notes, *self._notes()]
+
+    def _notes(self):
+        "What is worth knowing of any table"
+        if not self.has_cameras: yield 'No cameras are known: of the right answers to a query, only its own image is ignored.'
+        test = self.df[(self.df.split!='train') & (self.df.pid>DISTRACTOR_PID)]
+        if both := len(set(self.train.pid) & set(test.pid)): yield f'{both} identities are in training and in testing: the model has seen the people it is tested on.'
 
     def _part(self, split): return self.df[self.df.split==split].reset_index(drop=True)
     @property
@@ -53,28 +79,28 @@ class ReIDSplits:
     def gallery(self): "Rows to search in"; return self._part('gallery')
     def __len__(self): return len(self.df)
 
-# %% ../nbs/00_core.ipynb #44d09866
+# %% ../nbs/00_core.ipynb #946454c7
 @patch
 def counts(self:ReIDSplits
     ) -> pd.DataFrame: # Indexed by split: images, identities (distractors and junk apart), cameras, distractors and junk (in images)
     "Count what each split holds"
     def f(o):
         real = o.pid[~o.pid.isin([JUNK_PID, DISTRACTOR_PID])]
-        return pd.Series(dict(images=len(o), identities=real.nunique(), cameras=o.camid.nunique(),
+        return pd.Series(dict(images=len(o), identities=real.nunique(), cameras=o.camid[o.camid>=0].nunique(),
                               distractors=(o.pid==DISTRACTOR_PID).sum(), junk=(o.pid==JUNK_PID).sum()))
     return pd.DataFrame({s: f(self._part(s)) for s in _splits if (self.df.split==s).any()}).T
 
 @patch
-def __repr__(self:ReIDSplits): return f'{self.name}\n{self.counts()}'
+def __repr__(self:ReIDSplits): return '\n'.join([self.name, str(self.counts()), *self.notes])
 
-# %% ../nbs/00_core.ipynb #04c23de5
+# %% ../nbs/00_core.ipynb #43ce90d4
 def cache_home(
     ) -> Path: # `$REID_FASTAI_HOME`, else `reid_fastai` in the user's cache folder
     "Folder of what is made once and kept"
     if home := os.environ.get('REID_FASTAI_HOME'): return Path(home).expanduser()
     return xdg_cache_home()/'reid_fastai'
 
-# %% ../nbs/00_core.ipynb #25e03113
+# %% ../nbs/00_core.ipynb #c0c97921
 @contextmanager
 def atomic_dir(
     path:str|Path # Folder to make; must not exist, or be empty
@@ -96,7 +122,7 @@ def _umask():
     os.umask(mask := os.umask(0))
     return mask
 
-# %% ../nbs/00_core.ipynb #4669dc05
+# %% ../nbs/00_core.ipynb #06ef51af
 def atomic_write(
     path:str|Path, # File to write or replace
     data:str|bytes # Its whole content
@@ -112,7 +138,7 @@ def atomic_write(
         os.unlink(tmp)
         raise
 
-# %% ../nbs/00_core.ipynb #f21d4c45
+# %% ../nbs/00_core.ipynb #731c5c9c
 def progress(
     it, # What to iterate over
     desc:str='', # What is being done
@@ -121,7 +147,7 @@ def progress(
     "Iterate with a progress bar that appears after 1.5 seconds and clears itself at the end"
     return tqdm(it, desc=desc, total=total, delay=1.5, leave=False, dynamic_ncols=True)
 
-# %% ../nbs/00_core.ipynb #30845f61
+# %% ../nbs/00_core.ipynb #d70ff566
 def free_memory(
     ) -> int|None: # Bytes; None where the system does not say
     "Memory that is free, within the container's limit"
@@ -129,7 +155,7 @@ def free_memory(
     kb = f('/proc/meminfo', r'MemAvailable:\s+(\d+)')
     return min(L(kb and 1024*kb, f('/sys/fs/cgroup/memory.max', r'(\d+)')).filter(), default=None)
 
-# %% ../nbs/00_core.ipynb #ea2b152f
+# %% ../nbs/00_core.ipynb #1c648f1a
 def keep_freed_memory():
     "Let the C library keep freed memory for reuse, instead of handing it back to the system after each step; elsewhere than in glibc do nothing"
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform=='linux' else None

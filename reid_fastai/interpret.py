@@ -33,8 +33,10 @@ def _getter(imgs, n, name):
     if len(imgs)!=n: raise ValueError(f'{name}: {len(imgs)} images for {n} rows of features; there must be one for each, in the same order.')
     return lambda i: as_image(imgs.iloc[i] if hasattr(imgs, 'iloc') else imgs[i])
 
-# %% ../nbs/17_interpret.ipynb #f8460a65
+# %% ../nbs/17_interpret.ipynb #1b864246
 _right,_wrong = '#2ca02c','#d62728'
+
+def _who(pid, camid): return f'id {pid}' + (f', cam {camid}' if camid>=0 else '')
 
 def _frame(ax, img, title, color='black'):
     "Draw `img` in a frame"
@@ -60,11 +62,11 @@ def plot_ranked(
     (idxs,dists),ap = res.topk(k, queries),res.ap
     fig,axs = plt.subplots(len(queries), k+1, figsize=((k+1)*size, len(queries)*size*2.6), squeeze=False, layout='constrained')
     for ax,q,idx,dist in zip(axs, queries, idxs.tolist(), dists.tolist()):
-        _frame(ax[0], q_img(q), f'query {q}\nid {res.q_pids[q]}, cam {res.q_camids[q]}')
+        _frame(ax[0], q_img(q), f'query {q}\n{_who(res.q_pids[q], res.q_camids[q])}')
         ax[0].set_xlabel(f'AP {100*ap[q]:.0f} %' if res.n_matches[q] else 'no match', fontsize=7, labelpad=2)
         for a,i,d in zip(ax[1:], idx, dist):
             if i<0: a.axis('off')
-            else: _frame(a, g_img(i), f'{d:.3f}\nid {res.g_pids[i]}, cam {res.g_camids[i]}', _right if res.is_match(q, i) else _wrong)
+            else: _frame(a, g_img(i), f'{d:.3f}\n{_who(res.g_pids[i], res.g_camids[i])}', _right if res.is_match(q, i) else _wrong)
     return axs
 
 # %% ../nbs/17_interpret.ipynb #2a2f9a11

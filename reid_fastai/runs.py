@@ -35,14 +35,14 @@ from .models import *
 from .regularizers import check_strength
 from .schedules import *
 
-# %% ../nbs/19_runs.ipynb #11990509
+# %% ../nbs/19_runs.ipynb #24c36029
 #: What the recipes stand for
 recipes = dict(
     quick=dict(arch='tf_efficientnet_lite0', regions=0, size='128x64', frozen_epochs=0, epochs=10, steps=None, lr=1e-3),
     paper=dict(arch='resnet50', regions=2, size='384x128', frozen_epochs=paper_frozen_epochs, epochs=paper_epochs, steps=paper_steps, lr=paper_lr))
 
 def run_config(
-    data:str='synthetic', # 'synthetic', or where `read_dataset` finds a dataset
+    data:str='synthetic', # 'synthetic', the folder of a dataset, or a CSV file with columns path, pid, split and, if known, camid
     recipe:str='quick', # 'quick', or 'paper': what the options below are by default
     arch:str=None, # Backbone, any convolutional network of timm or torchvision; default: the recipe's
     pretrained:str='imagenet', # 'imagenet', 'none', or a file of weights
@@ -93,7 +93,7 @@ def _regularizer(cfg):
     if cfg['l2'] not in cbs: raise ValueError(f'l2={cfg["l2"]!r}: it must be one of {list(cbs)}.')
     return cbs[cfg['l2']]()
 
-# %% ../nbs/19_runs.ipynb #7e2241de
+# %% ../nbs/19_runs.ipynb #a6f2ed57
 def load_splits(
     data:str|Path # 'synthetic', or where `read_dataset` finds a dataset
 ) -> ReIDSplits:
@@ -113,10 +113,13 @@ def hold_out(
         raise ValueError(f'{splits.name}: {share:g} of {len(n_cams)} training identities are {n}, and {len(pids)} were seen by two cameras or more, which a held-out one must be.')
     rng = np.random.default_rng(seed)
     held = df.pid.isin(rng.choice(pids, n, replace=False))
-    shuffled = df[held].iloc[rng.permutation(held.sum())]
+    shuffled = df[held].assign(camid=df.camid.clip(lower=-1)).iloc[rng.permutation(held.sum())]  # without cameras: one query of each identity
     queries = shuffled[shuffled.duplicated(['pid','camid'])].drop_duplicates(['pid','camid']).index  # a camera's only image stays in the gallery
     split = np.where(df.index.isin(queries), 'query', np.where(held, 'gallery', 'train'))
-    return ReIDSplits(df.assign(split=split), f'{splits.name}, {n} of {len(n_cams)} training identities held out', splits.root)
+    df = df.assign(split=split) if splits.has_cameras else df.assign(split=split).drop(columns='camid')
+    res = ReIDSplits(df, f'{splits.name}, {n} of {len(n_cams)} training identities held out', splits.root)
+    res.pid_names = splits.pid_names
+    return res
 
 # %% ../nbs/19_runs.ipynb #e0314e1b
 class Checkpoint(Callback):
@@ -192,7 +195,7 @@ def _restore(self:Checkpoint):
     self.dls.train.epoch = state['train_epoch']
     set_random_states(**state['random'])
 
-# %% ../nbs/19_runs.ipynb #73e692bf
+# %% ../nbs/19_runs.ipynb #1a46b369
 def _versions():
     return dict(reid_fastai=__version__, fastai=fastai.__version__, torch=torch.__version__, timm=timm.__version__, python=platform.python_version())
 
@@ -205,7 +208,7 @@ def check_backbone(
     build_reid_net(cfg['arch'], 1, regions=0, pretrained=_weights(cfg))
 
 def _describe(cfg, splits):
-    return dict(cfg, dataset=dict(name=splits.name, counts=splits.counts().to_dict('index')), versions=_versions())
+    return dict(cfg, dataset=dict(name=splits.name, counts=splits.counts().to_dict('index'), notes=splits.notes), versions=_versions())
 
 def _check_same(found, wanted, out):
     "Refuse to go on with something else than was begun"
@@ -295,7 +298,7 @@ def _finish(out, learn, splits, cfg):
     for o in ('checkpoint.pth','best.safetensors'): (out/o).unlink(missing_ok=True)
     return res
 
-# %% ../nbs/19_runs.ipynb #b477b0f9
+# %% ../nbs/19_runs.ipynb #40dc9335
 def run_summary(
     cfg:dict, # What `config.json` holds
     res:dict # What `results.json` holds
@@ -306,7 +309,7 @@ def run_summary(
     total = cfg['frozen_epochs']+cfg['epochs']
     chosen = (f'Epoch {res["epoch"]} of {total} was chosen by mAP on {100*cfg["val_pids"]:g} % of the training identities, which were held out; the test set was looked at once, '
               'with that epoch.' if cfg['val_pids'] else f'Measured after the last of {total} epochs; no epoch was selected by test results.')
-    lines = [f'# {cfg["dataset"]["name"]}, {cfg["arch"]}, {cfg["l2"]} L2', '',
+    lines = [f'# {cfg["dataset"]["name"]}, {cfg["arch"]}, {cfg["l2"]} L2', '', *(o for note in cfg['dataset']['notes'] for o in (note, '')),
              f'| metric | {" | ".join(k for k,_ in cols)} |', f'|---|{"---|"*len(cols)}',
              *(f'| {k} | {" | ".join(f"{o[k]:.2f}" for _,o in cols)} |' for k in metrics), '',
              f'{res["queries"]} queries ({res["skipped"]} without a match, skipped), {res["gallery"]} gallery images, cosine distance, '

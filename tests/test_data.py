@@ -64,8 +64,21 @@ def test_order_is_that_of_names(market):
 
 def test_name_is_honest(market, monkeypatch):
     assert read_dataset(market).name=='Market'
-    monkeypatch.setattr(Market1501, '_published', {k: tuple(v) for k,v in read_dataset(market).counts().T.to_dict('list').items()})
-    assert read_dataset(market).name=='Market-1501'
+    counts = {k: tuple(v) for k,v in read_dataset(market).counts().T.to_dict('list').items()}
+    monkeypatch.setattr(Market1501, '_published', {'Market-1501': counts})
+    assert read_dataset(market).name=='Market-1501' and not read_dataset(market).notes
+    n,*rest = counts['query']
+    monkeypatch.setattr(Market1501, '_published', {'Market-1501': {**counts, 'query': (n+1,*rest)}})
+    assert read_dataset(market).name=='Market'
+    assert f'the counts are not those of Market-1501: {n} images for query, not {n+1}.' in repr(read_dataset(market))
+
+def test_versions_of_cuhk03_are_told_apart_by_their_counts(tmp_path, monkeypatch):
+    root = touch(tmp_path/'detected', *(f'{d}/{NAMES[CUHK03]}' for d in ('bounding_box_train','query','bounding_box_test')))
+    one = dict(train=(1,1,1,0,0), query=(1,1,1,0,0), gallery=(1,1,1,0,0))
+    monkeypatch.setattr(CUHK03, '_published', {'a': {**one, 'gallery': (2,1,1,0,0)}, 'b': one})
+    assert CUHK03(root).name=='b'
+    monkeypatch.setattr(CUHK03, '_published', {'a': {**one, 'gallery': (2,1,1,0,0)}, 'b': {**one, 'gallery': (3,2,1,0,0)}})
+    assert '1 images for gallery, not 2.' in CUHK03(root).notes[0]
 
 def test_upper_case_ending(tmp_path):
     root = make_market(tmp_path/'m')
@@ -130,6 +143,86 @@ def test_two_datasets_in_one_folder(tmp_path):
     with pytest.raises(ValueError, match='holds 2 datasets: a .*, b '): read_dataset(tmp_path)
     with pytest.raises(ValueError, match='holds 2 datasets of layout Market-1501: a, b'): Market1501(tmp_path)
     assert read_dataset(tmp_path/'b').root==tmp_path/'b'
+
+# --- your own data
+
+def make_own(root):
+    "Three people to learn from, named, with 4 images each and one with a single image; two to search for"
+    files = [f'train/{p}/{i}.{e}' for p in ('ann lee','bob','7b') for i,e in enumerate(('jpg','png','jpeg','JPG'))] + ['train/one/0.jpg']
+    files += ['query/eve/0.jpg','query/joe/0.jpg','gallery/eve/1.jpg','gallery/eve/2.jpg','gallery/joe/1.png','gallery/zoe/1.jpg']
+    for i,f in enumerate(files): noise(root/f, i)
+    return root
+
+def own_table(root, **kw):
+    fs = sorted(str(o.relative_to(root)) for o in root.rglob('*') if o.is_file() and o.suffix!='.csv')
+    df = pd.DataFrame(dict(path=fs, pid=[o.split('/')[1] for o in fs], split=[o.split('/')[0] for o in fs]))
+    df.assign(**kw).to_csv(root/'own.csv', index=False)
+    return root/'own.csv'
+
+def test_folders_of_people(tmp_path):
+    s = read_dataset(make_own(tmp_path/'own'))
+    assert (len(s.train), len(s.query), len(s.gallery))==(13,2,4) and s.name=='Folders'
+    names = [s.pid_names[o] for o in s.df.pid]
+    assert names==[o.split('/')[1] for o in s.df.path] and min(s.pid_names)==1
+    assert not s.has_cameras and s.df.camid.is_unique and 'No cameras are known' in repr(s)
+    (tmp_path/'own'/'train'/'stray.jpg').touch()
+    with pytest.raises(ValueError, match='stray.jpg is in no folder'): read_dataset(tmp_path/'own')
+
+def test_table_and_folders_agree(tmp_path):
+    root = make_own(tmp_path/'own')
+    a,b = read_dataset(root),read_dataset(own_table(root))
+    cols = ['path','split','pid']
+    pd.testing.assert_frame_equal(a.df[cols].sort_values('path', ignore_index=True), b.df[cols].sort_values('path', ignore_index=True))
+
+@pytest.mark.parametrize('pids,want', [(['7','7','8','8'], [7,7,8,8]), (['007','007','7','7'], [1,1,2,2]), (['-1','0','a','a'], [1,2,3,3])])
+def test_identities_of_a_table(pids, want, tmp_path):
+    for i in range(4): noise(tmp_path/f'{i}.jpg', i)
+    pd.DataFrame(dict(path=[f'{i}.jpg' for i in range(4)], pid=pids, camid=['x','y','x','y'], split=['train','train','query','gallery'])).to_csv(tmp_path/'t.csv', index=False)
+    s = read_dataset(tmp_path/'t.csv')
+    assert s.df.pid.tolist()==want and s.df.camid.tolist()==[1,2,1,2]
+
+def test_bad_tables(tmp_path):
+    root = make_own(tmp_path/'own')
+    table = own_table(root); df = pd.read_csv(table)
+    def refused(df, match):
+        df.to_csv(table, index=False)
+        with pytest.raises(ValueError, match=match): read_dataset(table)
+    refused(df.drop(columns='pid'), "columns \\['pid'\\] are missing")
+    refused(df.assign(pid=[None,*df.pid[1:]]), '1 rows have no `pid`, the first of them is row 0')
+    refused(df.assign(camid=[None]+[1]*(len(df)-1)), 'no `camid`.*leave the column out')
+    refused(df.assign(camid=-1), 'camera -1')
+    refused(df.assign(path=['gone.jpg',*df.path[1:]]), '1 of 19 images do not exist, such as .*gone.jpg')
+    refused(pd.concat([df, df[:1]]), 'is listed twice in split')
+    refused(pd.concat([df, df[:1].assign(pid='other')]), 'is listed with 2 identities')
+    refused(df.assign(split='val'), "holds \\['val'\\]")
+    table.write_text('')
+    with pytest.raises(ValueError, match='cannot be read as a table'): read_dataset(table)
+
+def test_without_cameras_only_the_query_itself_is_ignored(tmp_path):
+    "The same image in query and gallery is no answer; every other image of the person is"
+    from reid_fastai.callback.evaluation import search
+    root = make_own(tmp_path/'own')
+    df = pd.read_csv(own_table(root))
+    df = pd.concat([df, df[df.split=='query'].assign(split='gallery')], ignore_index=True)
+    dls = ReIDDataLoaders.from_df(df, root, **{**KW, 'n_pids':3, 'n_imgs':4})
+    t = dls.test_df
+    res = search(torch.eye(len(t)), t)
+    assert res.n_matches.tolist()==[2,1]
+    assert list(t.split)==['query']*2+['gallery']*6
+    assert 'No cameras are known' in repr(dls.splits)
+    decoded = {str(o[1]) for b in dls.valid for o in dls.valid.decode_batch(b)}
+    assert decoded=={'eve','joe','zoe'}
+
+def test_held_out_without_cameras(tmp_path):
+    from reid_fastai.runs import hold_out
+    held = hold_out(read_dataset(make_own(tmp_path/'own')), .5)
+    assert held.query.pid.is_unique and len(held.query)==2 and held.gallery.groupby('pid').size().tolist()==[3,3]
+    assert not set(held.query.path)&set(held.gallery.path) and not held.has_cameras
+
+def test_overlap_is_said(market):
+    s = read_dataset(market)
+    df = pd.concat([s.df, s.train[:1].assign(path='x.jpg', split='gallery')])
+    assert '1 identities are in training and in testing' in repr(type(s)(df))
 
 # --- sampler
 
@@ -354,7 +447,7 @@ def test_memory_and_files_agree(market, num_workers):
             for o,r in zip(p, q, strict=True): assert torch.equal(o, r) and type(o) is type(r)
 
 def test_too_large_for_memory(market, monkeypatch):
-    monkeypatch.setattr(block, '_free_memory', lambda: 100_000)
+    monkeypatch.setattr(block, 'free_memory', lambda: 100_000)
     with pytest.warns(UserWarning, match='46 images of 32×16 need 0.0 GB'): d = make_dls(market, num_workers=0)
     assert d.train._columns() is None
     assert make_dls(market, in_memory=True).train._columns() is not None

@@ -326,11 +326,11 @@ def test_rerank_memory(monkeypatch):
     res = build(*p)
     need = [rerank.rerank_memory(100, 24, k, 6) for k in (20,10)]
     assert need[1]<need[0]
-    monkeypatch.setattr(rerank, '_free_memory', lambda: need[1])
+    monkeypatch.setattr(rerank, 'free_memory', lambda: need[1])
     monkeypatch.setattr(Distances, 'keys', lambda self: pytest.fail('began to compute'))
     with pytest.raises(ValueError, match=r'k1=20, k2=6 may take .* k1=10, k2=6 would fit'): res.rerank()
     monkeypatch.undo()
-    monkeypatch.setattr(rerank, '_free_memory', lambda: need[1])
+    monkeypatch.setattr(rerank, 'free_memory', lambda: need[1])
     assert res.rerank(k1=10).mAP>0
 
 @pytest.mark.parametrize('kw,msg', [

@@ -6,8 +6,8 @@
 __all__ = ['read_image', 'ImageMemory', 'ReadImage', 'ItemPath', 'ReIDImageBlock', 'Identify', 'PidBlock', 'Camera', 'CamBlock',
            'ReIDDL', 'ReIDDataLoaders']
 
-# %% ../../nbs/08_data.block.ipynb #fe2d2828
-import io,os,re,warnings
+# %% ../../nbs/08_data.block.ipynb #86b2e427
+import io,os,warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from fastai.torch_core import TensorCategory,TensorImage,num_distrib
 from fastai.torch_basics import DisplayedTransform
 from fastcore.all import *
 
-from ..core import JUNK_PID,ReIDSplits,progress
+from ..core import JUNK_PID,ReIDSplits,free_memory,progress
 from .augment import reid_augs
 from .datasets import read_dataset
 from .sampler import PKSampler
@@ -76,20 +76,10 @@ class ImageMemory:
         try: return torch.tensor([self.index[p] for p in paths], dtype=torch.long)
         except KeyError: return None
 
-# %% ../../nbs/08_data.block.ipynb #ae4b99f0
-def _number(fn, pattern):
-    "The number that `pattern` finds in file `fn`, if any"
-    m = re.search(pattern, Path(fn).read_text()) if os.path.exists(fn) else None
-    return m and int(m[1])
-
-def _free_memory():
-    "Bytes of memory that are free, within the container's limit; 8 GB where the system does not say"
-    kb,limit = _number('/proc/meminfo', r'MemAvailable:\s+(\d+)'),_number('/sys/fs/cgroup/memory.max', r'(\d+)')
-    return min(L(kb and kb*1024, limit).filter(), default=8<<30)
-
+# %% ../../nbs/08_data.block.ipynb #74a680b5
 def _fits(n, size):
     "Whether `n` images are to be kept in memory; says so if not"
-    need,free = n*3*size[0]*size[1],_free_memory()
+    need,free = n*3*size[0]*size[1],ifnone(free_memory(), 8<<30)
     if need<=free/2: return True
     warnings.warn(f'{n} images of {size[0]}×{size[1]} need {need/1e9:.1f} GB, and {free/1e9:.1f} GB are free: they are decoded anew each time, '
                   'which is slower. A smaller `size` may fit; `in_memory=True` insists.')
@@ -119,14 +109,16 @@ def ReIDImageBlock(
     "A `TransformBlock` for images of one size, in [0, 1]"
     return TransformBlock(type_tfms=ReadImage(size, memory), batch_tfms=IntToFloatTensor)
 
-# %% ../../nbs/08_data.block.ipynb #f3728328
+# %% ../../nbs/08_data.block.ipynb #8aecef8f
 class Identify(Categorize):
     "Number the identities: those of training from 0, then those met only in testing"
     loss_func = None  # `Learner` is to ask for one
     def __init__(self,
         train_pids, # Identities of the training images
-        test_pids=() # Identities of the test images
+        test_pids=(), # Identities of the test images
+        names:dict|None=None # Identity -> name, to show
     ):
+        self.names = names or {}
         train = sorted(set(map(int, train_pids)))
         super().__init__(vocab=train+sorted(set(map(int, test_pids))-set(train)), sort=False)
         self.n_train = len(train)
@@ -134,20 +126,21 @@ class Identify(Categorize):
     def encodes(self, o):
         if o not in self.vocab.o2i: raise ValueError(f'Identity {o} is in no split of these loaders, so it has no number.')
         return TensorCategory(self.vocab.o2i[o])
-    def decodes(self, o): return Category(f'person {self.vocab[int(o)]}')
+    def decodes(self, o): return Category(self.names.get(pid := self.vocab[int(o)], f'person {pid}'))
 
 def PidBlock(
     train_pids, # Identities of the training images
-    test_pids=() # Identities of the test images
+    test_pids=(), # Identities of the test images
+    names:dict|None=None # Identity -> name, to show
 ) -> TransformBlock: # For `DataBlock`
     "A `TransformBlock` for identities"
-    return TransformBlock(type_tfms=Identify(train_pids, test_pids))
+    return TransformBlock(type_tfms=Identify(train_pids, test_pids, names))
 
-# %% ../../nbs/08_data.block.ipynb #ad5ba2c3
+# %% ../../nbs/08_data.block.ipynb #ece78cb1
 class Camera(DisplayedTransform):
     "Hand on the number of a camera, and show it as one"
     def encodes(self, o): return TensorCategory(int(o))
-    def decodes(self, o): return Category(f'camera {int(o)}')
+    def decodes(self, o): return Category(f'camera {int(o)}' if o>=0 else 'no camera')
 
 def CamBlock(
     ) -> TransformBlock: # For `DataBlock`
@@ -256,7 +249,7 @@ def _check_parts(splits, size):
 
 def _absolute(df, root): return df.assign(path=[str(o if root is None else Path(root)/o) for o in df.path])
 
-# %% ../../nbs/08_data.block.ipynb #69ef74df
+# %% ../../nbs/08_data.block.ipynb #4e30a532
 @patch(cls_method=True)
 def from_splits(cls:ReIDDataLoaders,
     splits:ReIDSplits, # What to load
@@ -279,7 +272,7 @@ def from_splits(cls:ReIDDataLoaders,
     test_df = pd.concat(parts[1:], ignore_index=True)
     df = _absolute(pd.concat([parts[0], test_df], ignore_index=True), splits.root)
     mem = ImageMemory(df.path, size) if ifnone(in_memory, _fits(len(df), size)) else None
-    dblock = DataBlock(blocks=(ReIDImageBlock(size, mem), PidBlock(parts[0].pid, test_df.pid), CamBlock()), n_inp=1, dl_type=ReIDDL,
+    dblock = DataBlock(blocks=(ReIDImageBlock(size, mem), PidBlock(parts[0].pid, test_df.pid, splits.pid_names), CamBlock()), n_inp=1, dl_type=ReIDDL,
                        getters=[ItemPath(), ColReader('pid'), ColReader('camid')], splitter=IndexSplitter(range(len(parts[0]), len(df))),
                        batch_tfms=ifnone(batch_tfms, reid_augs(round(10*size[1]/128))))
     if num_workers is None: num_workers = 0 if mem else min(16, os.cpu_count() or 1)
@@ -289,11 +282,11 @@ def from_splits(cls:ReIDDataLoaders,
     res.splits,res.test_df = splits,test_df
     return res
 
-# %% ../../nbs/08_data.block.ipynb #259e632a
+# %% ../../nbs/08_data.block.ipynb #73ac6873
 @patch(cls_method=True)
 @delegates(ReIDDataLoaders.from_splits)
 def from_path(cls:ReIDDataLoaders,
-    path:str|Path, # Root of a dataset of known layout, or the folder that holds the root
+    path:str|Path, # Root of a dataset of known layout, the folder that holds the root, or a CSV file
     **kwargs
 ) -> ReIDDataLoaders: # `train` and `valid`
     "Load the dataset in `path`, of whichever known layout"
@@ -302,7 +295,7 @@ def from_path(cls:ReIDDataLoaders,
 @patch(cls_method=True)
 @delegates(ReIDDataLoaders.from_splits)
 def from_df(cls:ReIDDataLoaders,
-    df:pd.DataFrame, # One row an image: `path`, `pid`, `camid` and `split` ('train', 'query' or 'gallery')
+    df:pd.DataFrame, # One row an image: `path`, `pid`, `split` ('train', 'query' or 'gallery') and, if known, `camid`
     root:str|Path|None=None, # Folder that `path` is relative to
     name:str='custom', # What to call the dataset
     **kwargs

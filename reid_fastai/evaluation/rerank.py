@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['RerankedDistances', 'rerank_memory']
 
-# %% ../../nbs/11_evaluation.rerank.ipynb #34337597
-import os,re
-
+# %% ../../nbs/11_evaluation.rerank.ipynb #9c90a6cc
 import numpy as np
 import torch
 from fastcore.all import *
 from scipy import sparse
 from torch import Tensor
 
-from ..core import progress
+from ..core import free_memory,progress
 from .distances import Distances,_Float32Products,_multiple,topk_keys
 from .metrics import RetrievalResults,_one_thread,_readers
 
@@ -153,13 +151,7 @@ def blocks(self:RerankedDistances
     "Blocks of re-ranked distances"
     for rows,k in self.keys(): yield rows,k[:,:self.shape[1]]
 
-# %% ../../nbs/11_evaluation.rerank.ipynb #2f745131
-def _free_memory():
-    "Bytes of memory that are free, within the container's limit; None where the system does not say"
-    def f(path, pattern): return int(m[1]) if os.path.exists(path) and (m := re.search(pattern, open(path).read())) else None
-    kb = f('/proc/meminfo', r'MemAvailable:\s+(\d+)')
-    return min(L(kb and 1024*kb, f('/sys/fs/cgroup/memory.max', r'(\d+)')).filter(), default=None)
-
+# %% ../../nbs/11_evaluation.rerank.ipynb #1f2261cd
 def rerank_memory(
     n:int, # Images in all, queries and gallery
     d:int, # Numbers per image
@@ -175,7 +167,7 @@ def rerank_memory(
 
 def _check_memory(n, d, k1, k2, chunk_size):
     "Refuse what would not fit, and say what would"
-    need,free = rerank_memory(n, d, k1, k2, chunk_size),_free_memory()
+    need,free = rerank_memory(n, d, k1, k2, chunk_size),free_memory()
     if free is None or need<=free: return
     fits = [k for k in range(1, k1) if rerank_memory(n, d, k, min(k,k2), chunk_size)<=free]
     size = int(n*free/need)
