@@ -37,7 +37,7 @@ def warmup_steps(
     if epoch<warmup: return lr*(floor + (1-floor)*epoch/max(warmup-1, 1))
     return lr*max(drop**-((epoch-warmup)//every), floor)
 
-# %% ../nbs/15_schedules.ipynb #4f865d3f
+# %% ../nbs/15_schedules.ipynb #3b55b9e3
 class WarmupSteps(ParamScheduler):
     "Set the learning rate that `warmup_steps` gives for the epoch"
     def __init__(self,
@@ -58,5 +58,5 @@ def fit_paper(self:Learner,
     if start_epoch<frozen_epochs:
         self.freeze()
         self.fit(frozen_epochs, cbs=L(WarmupSteps(lr), BnFreeze())+L(cbs), start_epoch=start_epoch)
-    self.unfreeze()
+    self.opt.unfreeze()  # `Learner.unfreeze` would also forget the moments, which Keras keeps
     self.fit(epochs, cbs=L(WarmupSteps(lr))+L(cbs), start_epoch=max(0, start_epoch-frozen_epochs))

@@ -1,0 +1,115 @@
+"The paper's recipe: its schedule at every epoch, its two phases, and a run through all of it"
+import json
+
+import numpy as np, pandas as pd, pytest, torch
+from fastai.basics import Callback, Learner, set_seed
+from torch import nn
+
+from reid_fastai.callback.regularizer import AdaptiveL2
+from reid_fastai.data.block import ReIDDataLoaders
+from reid_fastai.data.datasets import read_dataset
+from reid_fastai.data.synthetic import make_synthetic
+from reid_fastai.learner import paper_adam, reid_learner
+from reid_fastai.runs import fit_run, recipes, run_config, train_run
+from reid_fastai.schedules import *
+import reid_fastai.runs as runs
+
+class Watch(Callback):
+    "What each epoch of training looked like"
+    order = 70
+    def __init__(self): self.rows = []
+    def after_train(self):
+        self.rows.append(dict(lr={h['lr'] for h in self.opt.hypers}, trains={n: p.requires_grad for n,p in self.model.named_parameters()}))
+
+def test_learning_rate_of_every_epoch():
+    "Against the numbers of the recipe, written out"
+    climb = np.linspace(2e-6, 2e-4, 10).tolist()
+    first = climb + [2e-4]*10
+    second = climb + [2e-4]*30 + [2e-5]*30 + [2e-6]*130
+    np.testing.assert_allclose([warmup_steps(e) for e in range(paper_frozen_epochs)], first)
+    np.testing.assert_allclose([warmup_steps(e) for e in range(paper_epochs)], second)
+
+def test_both_phases_follow_it(tmp_path):
+    "In a Learner, over all 220 epochs; the second phase starts again"
+    from fastai.data.core import DataLoaders
+    from torch.utils.data import TensorDataset, DataLoader
+    dl = DataLoader(TensorDataset(torch.randn(2,3), torch.randn(2,1)), 2)
+    watch = Watch()
+    learn = Learner(DataLoaders(dl, dl), nn.Sequential(nn.Linear(3,3), nn.Linear(3,1)), nn.MSELoss(), opt_func=paper_adam, cbs=[AdaptiveL2(), watch],
+                    splitter=lambda m: [list(m[0].parameters()), list(m[1].parameters())])
+    with learn.no_bar(), learn.no_logging(): learn.fit_paper()
+    lrs = [one for o in watch.rows for one in o['lr']]
+    assert len(watch.rows)==220 and lrs==[warmup_steps(e) for n in (20,200) for e in range(n)]
+    assert [o['trains']['0.weight'] for o in watch.rows]==[False]*20+[True]*200 and all(o['trains']['1.weight'] for o in watch.rows)
+    theta = learn.adaptive_l2.history.pivot(index='epoch', columns='name', values='theta')
+    assert len(theta)==221 and (theta.loc[:20, ['0.weight','0.bias']]==0).all(axis=None) and (theta.loc[20, ['1.weight','1.bias']]<0).all()
+
+@pytest.fixture(scope='module')
+def splits(): return read_dataset(make_synthetic(tiny=True))
+
+def test_frozen_is_frozen_entirely(splits):
+    "Weights, running statistics and batch norms of the backbone stay as they are; necks, classifiers and region convolutions train"
+    set_seed(0)
+    dls = ReIDDataLoaders.from_splits(splits, size=(64,32), n_pids=4, n_imgs=4, steps=2, device='cpu')
+    learn = reid_learner(dls, 'resnet10t', pretrained=False, cbs=AdaptiveL2(), train_bn=True)
+    groups = [{id(p) for p in g} for g in learn.splitter(learn.model)]
+    snap = lambda: {n: t.clone() for n,t in learn.model.state_dict().items()}
+    at = {0: snap()}
+    class Snap(Callback):
+        def after_train(self): at[len(at)] = snap()
+    with learn.no_bar(), learn.no_logging(): learn.fit_paper(1, 1, lr=1e-2, cbs=Snap())
+    back = [n for n,p in learn.model.named_parameters() if id(p) in groups[0]]
+    prefixes = {n.split('.')[0] for n in back}
+    stats = [n for n in at[0] if n.split('.')[0] in prefixes and 'running' in n]
+    assert stats and all(torch.equal(at[0][n], at[1][n]) for n in back+stats)
+    assert all(not torch.equal(at[1][n], at[2][n]) for n in stats)
+    head = [n for n,p in learn.model.named_parameters() if id(p) in groups[-1] and 'theta' not in n]
+    assert {n.split('.')[-1] for n in head}=={'weight','bias'} and all(not torch.equal(at[0][n], at[1][n]) for n in head)
+
+def test_constants():
+    "Each has one home; this is what they have to be"
+    cfg = run_config(recipe='paper')
+    assert {k: cfg[k] for k in ('arch','regions','size','n_pids','n_imgs','steps','frozen_epochs','epochs','lr','l2','amplitude','flip')}==dict(
+        arch='resnet50', regions=2, size=[384,128], n_pids=16, n_imgs=4, steps=200, frozen_epochs=20, epochs=200, lr=2e-4, l2='adaptive', amplitude=5e-3, flip=True)
+    assert paper_adam.keywords==dict(mom=.9, sqr_mom=.999, eps=1e-7, wd=0.)
+    assert set(recipes)=={'quick','paper'}
+
+paper_args = dict(recipe='paper', arch='resnet50', pretrained='none', size='64x32', n_pids=2, n_imgs=2, frozen_epochs=1, epochs=2, steps=2)
+
+def test_a_run_passes_through_every_phase(splits, tmp_path):
+    "ResNet50 with its replicated stage and regional branch, random weights, few steps"
+    res = train_run(out := tmp_path/'r', splits, run_config(splits.root, **paper_args))
+    table = pd.read_csv(out/'metrics.csv')
+    assert len(table)==3 and table.train_loss.notna().all() and table.mAP.notna().tolist()==[True,False,True]  # at the end of each phase
+    lam = pd.read_csv(out/'lambdas.csv')
+    assert lam.epoch.max()==3 and lam.name.nunique()==res['arrays']==68+2+66+66
+    frozen = lam[(lam.epoch==1) & lam.name.str.startswith('trunk')]
+    assert len(frozen) and (frozen.theta==0).all() and (lam[(lam.epoch==3) & lam.name.isin(frozen.name)].theta<0).any()
+    cfg = json.loads((out/'config.json').read_text())
+    assert 'Measured after the last of 3 epochs' in (out/'summary.md').read_text() and cfg['recipe']=='paper'
+
+small_args = {**paper_args, 'arch': 'resnet10t'}
+
+@pytest.fixture(scope='module')
+def whole(splits, tmp_path_factory):
+    out = tmp_path_factory.mktemp('paper')/'whole'
+    return out, train_run(out, splits, run_config(splits.root, **small_args))
+
+@pytest.mark.parametrize('stop', [1, 2])
+def test_it_goes_on_in_either_phase(whole, splits, stop, tmp_path, monkeypatch):
+    "Interrupted at the start of the second phase or in its middle; the last digit is the same"
+    class Fails(Callback):
+        seen = 0
+        def before_train(self):
+            Fails.seen += 1
+            if Fails.seen==stop+1: raise KeyboardInterrupt
+    def interrupted(learn, *args):
+        with learn.added_cbs(Fails()): fit_run(learn, *args)
+    cfg = run_config(splits.root, **small_args)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(runs, 'fit_run', interrupted)
+        train_run(tmp_path/'r', splits, cfg)
+    assert len(pd.read_csv(tmp_path/'r'/'metrics.csv'))==stop
+    res = train_run(tmp_path/'r', splits, cfg)
+    assert {k:v for k,v in res.items() if 'second' not in k}=={k:v for k,v in whole[1].items() if 'second' not in k}
+    for f in ('lambdas.csv','model.safetensors'): assert (tmp_path/'r'/f).read_bytes()==(whole[0]/f).read_bytes()
