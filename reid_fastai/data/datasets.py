@@ -65,7 +65,7 @@ def find(self:ReIDLayout,
     best = min(cands, key=lambda o: len(self._missing(o)))
     raise ValueError(f'{path} is not {self.name}, nor are its subfolders: {best} has {self.why_not(best)}. Found there: {_listing(best)}.')
 
-# %% ../../nbs/04_data.datasets.ipynb #f2658057
+# %% ../../nbs/04_data.datasets.ipynb #fe32bab8
 @patch
 def __call__(self:ReIDLayout,
     path:str|Path # Root of the dataset, or the folder that holds the root
@@ -76,13 +76,15 @@ def __call__(self:ReIDLayout,
     if empty := [o for o in ('train','query','gallery') if o not in set(df.split)]: raise ValueError(f'{root}: no images for {empty}.')
     res = ReIDSplits(df, self.name, root)
     if diffs := {v: _differences(res.counts(), o) for v,o in self.published.items()}:
-        version,diff = min(diffs.items(), key=lambda o: len(o[1]))
+        version,diff = min(diffs.items(), key=lambda o: len(str(o[1])))
         res.name = root.resolve().name if diff else version
-        if diff: res.notes.insert(0, f'The layout is that of {self.name}, the counts are not those of {version}: {", ".join(diff)}.')
+        if diff: res.notes.insert(0, f'In the layout of {self.name}, but with other counts than {version} (in brackets): {"; ".join(diff)}.')
     return res
 
 def _differences(counts, published):
-    return [f'{n:,} {what} for {split}, not {published.loc[split,what]:,}' for split,row in counts.iterrows() for what,n in row.items() if n!=published.loc[split,what]]
+    "What differs, a text for each split"
+    rows = {s: [f'{n:,} {what} ({published.loc[s,what]:,})' for what,n in row.items() if n!=published.loc[s,what]] for s,row in counts.iterrows()}
+    return [f'{s} {", ".join(o)}' for s,o in rows.items() if o]
 
 # %% ../../nbs/04_data.datasets.ipynb #b5e80260
 class FolderLayout(ReIDLayout):
