@@ -301,3 +301,43 @@ def test_two_processes_agree(frozen):
     out = mp.Manager().dict()
     mp.spawn(_worker, (port, frozen, out), nprocs=2)
     assert out[0]==out[1] and len(out[0])==(1 if frozen else 3)
+
+# --- loggers
+
+def _logged(dls_args=dict(size=(64,32), n_pids=4, n_imgs=4, steps=2, device='cpu')):
+    from reid_fastai.data.block import ReIDDataLoaders
+    from reid_fastai.data.synthetic import make_synthetic
+    from reid_fastai.learner import reid_learner
+    return reid_learner(ReIDDataLoaders.from_path(make_synthetic(tiny=True), **dls_args), 'resnet10t', pretrained=False, cbs=AdaptiveL2())
+
+def test_tensorboard(tmp_path):
+    "The event file holds a histogram of λ for each kind and epoch, the penalty and mAP, with fastai's callback as it is"
+    pytest.importorskip('tensorboard')
+    from fastai.callback.tensorboard import TensorBoardCallback
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    learn = _logged()
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2, cbs=TensorBoardCallback(tmp_path))
+    events = EventAccumulator(str(tmp_path), size_guidance=dict(histograms=0))
+    events.Reload()
+    last = learn.adaptive_l2.history[lambda o: o.epoch==2]
+    for kind,o in last.groupby('kind'):
+        hists = events.Histograms(f'lambda/{kind}')
+        assert [h.step for h in hists]==[2,4]
+        h = hists[-1].histogram_value
+        assert h.num==len(o) and h.min==pytest.approx(o.lam.min()) and h.max==pytest.approx(o.lam.max()) and h.sum==pytest.approx(o.lam.sum())
+    assert events.Scalars('mAP')[-1].value==pytest.approx(learn.retrieval_metrics.results.mAP)
+    assert events.Scalars('penalty')[-1].value==pytest.approx((last.lam*last.sq_norm).sum(), rel=1e-4)
+
+def test_wandb_offline(tmp_path, monkeypatch):
+    "A run that never left the machine holds the same"
+    wandb = pytest.importorskip('wandb')
+    import fastai.callback.wandb as theirs
+    for k,v in dict(WANDB_MODE='offline', WANDB_SILENT='true', WANDB_DIR=str(tmp_path)).items(): monkeypatch.setenv(k, v)
+    monkeypatch.setattr(theirs, '_format_config', lambda o: o.clear())  # fastai 2.8.12 fails in it on any Learner, with the fastcore that it needs
+    learn,run = _logged(),wandb.init(project='test')
+    try:
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-2, cbs=theirs.WandbCallback())
+        s,last = run.summary,learn.adaptive_l2.history[lambda o: o.epoch==1]
+        assert s['mAP']==pytest.approx(learn.retrieval_metrics.results.mAP) and s['penalty']==pytest.approx((last.lam*last.sq_norm).sum(), rel=1e-4)
+        for kind,o in last.groupby('kind'): assert sum(dict(s[f'lambda/{kind}'])['values'])==len(o)
+    finally: run.finish()

@@ -68,7 +68,7 @@ def retrieval(self:Learner,
         raise ValueError('These loaders have no queries and gallery; `ReIDDataLoaders.from_path` or `from_df` makes loaders that have.')
     return search(self.embed(flip=flip), df, metric)
 
-# %% ../../nbs/14_callback.evaluation.ipynb #b25a368d
+# %% ../../nbs/14_callback.evaluation.ipynb #829f66b8
 class RetrievalMetrics(Callback):
     "Show mAP and Rank-1 in the training table, and keep the results"
     order = 40  # before `Recorder` writes its row
@@ -90,6 +90,9 @@ class RetrievalMetrics(Callback):
         self.learn.metrics = [m for m in self.learn.metrics if m not in self.mets] + self.mets
         # The metrics belong to the model after training, and there is no validation whose loss could be shown
         self.recorder.train_metrics,self.recorder.valid_metrics = True,False
+        # Nor are there predictions to be drawn by TensorBoard or W&B: an embedding is nothing to look at
+        for cb in self.learn.cbs:
+            if hasattr(cb, 'log_preds'): cb.log_preds = False
 
     def before_epoch(self): self.trained,self.results = False,None
     def before_train(self): self.trained = True

@@ -169,7 +169,22 @@ def restore_history(self:L2Callback,
     "Go on from where another run was left"
     self._epochs = [[o[c].to_numpy('float32') for c in ('theta','lam','sq_norm')] for _,o in df.groupby('epoch')]
 
-# %% ../../nbs/12_callback.regularizer.ipynb #286bf21e
+# %% ../../nbs/12_callback.regularizer.ipynb #17becfd1
+@patch
+def after_epoch(self:L2Callback):
+    "Hand the histograms to TensorBoard and Weights & Biases, if they log this training"
+    loggers = [cb for cb in self.learn.cbs if cb.name in ('tensor_board','wandb') and cb.run]
+    if not loggers: return
+    kinds,lam = np.array(self.regularizer.kinds),self.regularizer.lambdas().detach().float().cpu()
+    for kind in dict.fromkeys(self.regularizer.kinds):
+        name,vals = f'lambda/{kind}',lam[torch.tensor(kinds==kind)]
+        for cb in loggers:
+            if cb.name=='tensor_board': cb.writer.add_histogram(name, vals, cb.train_iter)
+            else:
+                import wandb  # theirs, if the callback is
+                wandb.log({name: wandb.Histogram(vals.tolist())}, step=cb._wandb_step)
+
+# %% ../../nbs/12_callback.regularizer.ipynb #dc197440
 class ConventionalL2(L2Callback):
     "Add `λ Σ ‖w_n‖²` to the loss, λ constant"
     def __init__(self,
@@ -181,7 +196,7 @@ class ConventionalL2(L2Callback):
 
     def _regularizer(self, model): return L2Regularizer(model, **self.kwargs).to(next(model.parameters()).device)
 
-# %% ../../nbs/12_callback.regularizer.ipynb #64e139fa
+# %% ../../nbs/12_callback.regularizer.ipynb #32905515
 class AdaptiveL2(L2Callback):
     "Add `Σ λ_n ‖w_n‖²` to the loss, `λ_n = A hard_sigmoid(θ_n)`, and train θ with the weights"
     def __init__(self,
@@ -200,7 +215,7 @@ class AdaptiveL2(L2Callback):
     def after_step(self):
         if self._still: self.regularizer.theta.data[self._still[0]] = self._still[1]
 
-# %% ../../nbs/12_callback.regularizer.ipynb #a8e8245d
+# %% ../../nbs/12_callback.regularizer.ipynb #1a12f80d
 class AnnealedL2(L2Callback):
     "Add `λ(t) Σ ‖w_n‖²` to the loss, λ(t) fixed in advance"
     def __init__(self,
