@@ -65,7 +65,7 @@ def _expanded(near, k, idxs):
     first = (sets>=0) & np.diff(sets, axis=1, prepend=-1).astype(bool)
     return first.nonzero()[0],sets[first]
 
-# %% ../../nbs/11_evaluation.rerank.ipynb #b15c329b
+# %% ../../nbs/11_evaluation.rerank.ipynb #58d352e6
 @patch
 def pairs(self:Distances,
     row, # (p,) rows of `q`
@@ -74,11 +74,13 @@ def pairs(self:Distances,
     "Distances of single pairs"
     q = self._prepare(self.q)
     g = q if self.g is self.q else self._prepare(self.g)
-    res,(row,col) = [],(torch.as_tensor(o, device=q.device).long() for o in (row,col))
-    for r,c in zip(row.split(512), col.split(512)): # few enough for the processor's cache
-        q_,g_ = q.index_select(0, r),g.index_select(0, c)
-        res.append((1-q_.mul_(g_).sum(1)).clamp_min_(0) if self.metric=='cosine' else q_.sub_(g_).square_().sum(1).sqrt_())
-    return torch.cat(res).cpu()
+    row,col = (torch.as_tensor(o, device=q.device).long() for o in (row,col))
+    # Few enough for the processor's cache; into memory that is asked for once, as holes between the results would add up to gigabytes
+    res,bufs = q.new_empty(len(row)),q.new_empty(2, min(512, len(row)), q.shape[1])
+    for r,c,out in zip(row.split(512), col.split(512), res.split(512)):
+        a,b = (torch.index_select(x, 0, i, out=buf[:len(i)]) for x,i,buf in zip((q,g), (r,c), bufs))
+        out.copy_((1-a.mul_(b).sum(1)).clamp_min_(0) if self.metric=='cosine' else a.sub_(b).square_().sum(1).sqrt_())
+    return res.cpu()
 
 # %% ../../nbs/11_evaluation.rerank.ipynb #2c3f48bd
 def _weights(dists, near, far, k1):
