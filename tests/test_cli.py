@@ -142,3 +142,18 @@ def test_table_of_the_paper_says_what_is_missing(tmp_path, shell):
     res = shell('reid-compare', '--table', 'paper', '--root', tmp_path, '--out', tmp_path/'t')
     assert res.returncode==0 and res.out.count('skipped: ')==15 and '87.2 / 94.6' in res.out
     assert shell('reid-compare', '--table', 'paper').returncode==2
+
+def test_eval_on_other_data_with_kept_features(run, tmp_path, shell):
+    "A model, another dataset: the figures of its images, re-ranked too, and again from the kept embeddings when the images are gone"
+    import shutil
+    other = make_synthetic(tmp_path/'other', tiny=True, seed=7)
+    args = [run, other, '--features', tmp_path/'f.safetensors']
+    first = shell('reid-eval', *args, '--rerank', '--csv', tmp_path/'q.csv')
+    assert first.returncode==0 and 're-ranked: ' in first.out, first.err
+    assert list(pd.read_csv(tmp_path/'q.csv').path.map(lambda o: o.split('/')[0]))==['query']*6
+    for o in other.rglob('*.jpg'): o.write_bytes(b'')
+    again = shell('reid-eval', *args)
+    assert again.returncode==0 and [l for l in again.out.splitlines() if l.startswith('mAP')][0] in first.out
+    assert shell('reid-eval', run).out!=again.out
+    shutil.rmtree(other)
+    assert shell('reid-eval', *args).returncode==2
