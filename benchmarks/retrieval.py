@@ -1,11 +1,12 @@
 """Time and memory of retrieval and re-ranking on random features of a benchmark's size, beside the bare matrix product.
 
-    python benchmarks/retrieval.py [--sizes market msmt17] [--rerank] [--classic] [--torchreid DIR] [--threads 2]
+    python benchmarks/retrieval.py [--sizes market msmt17] [--rerank] [--classic] [--torchreid DIR]
 
 Each size runs in a process of its own, so that its peak memory is its own.
 `--classic` also times dense NumPy re-ranking (9 GB at Market-1501's size).
 `--torchreid` also times that library's evaluator; DIR is a checkout of KaiyangZhou/deep-person-reid, its extension
 built by `python setup.py build_ext --inplace` in `torchreid/metrics/rank_cylib`. It needs 1 GB more at Market-1501's size.
+The environment variable OMP_NUM_THREADS sets the threads of PyTorch and of NumPy.
 """
 import argparse, resource, statistics, subprocess, sys, time
 from pathlib import Path
@@ -38,7 +39,7 @@ def timed(f):
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e6*(1 if sys.platform!='darwin' else 1e-3)
 
 def product(q, g):
-    "The bare product, a block at a time where the whole would take more than 2 GB"
+    "The bare product of tensors or arrays, a block at a time where the whole would take more than 2 GB"
     step = max(1, 5*10**8//len(g))
     for i in range(0, len(q), step): q[i:i+step]@g.T
 
@@ -91,12 +92,13 @@ def run(size, a):
     (q,g),n = (args[0],args[3]),(1 if size=='msmt17' else a.repeats)
     print(f'{size}: {len(q)} × {len(g)}, {q.shape[1]} numbers an image, {torch.get_num_threads()} threads; features {(q.nbytes+g.nbytes)/1e9:.2f} GB')
     RetrievalResults.from_embeddings(*(o[:600] for o in args)) # warm up
-    rows = [(timed(lambda: product(q, g))[0], *timed(lambda: RetrievalResults.from_embeddings(*args))) for _ in range(n)]
-    for t,r,_ in rows: print(f'  product {t:6.2f} s   retrieval {r:6.2f} s   ratio {r/t:.2f}')
-    print(f'  median ratio {statistics.median(r/t for t,r,_ in rows):.2f}, peak memory {peak():.2f} GB')
+    rows = [(timed(lambda: product(q, g))[0], timed(lambda: product(q.numpy(), g.numpy()))[0], *timed(lambda: RetrievalResults.from_embeddings(*args))) for _ in range(n)]
+    for t,by_np,r,_ in rows: print(f'  product by PyTorch {t:6.2f} s, by NumPy {by_np:6.2f} s   retrieval {r:6.2f} s   ratios {r/t:.2f}, {r/by_np:.2f}')
+    median = [statistics.median(o[2]/o[i] for o in rows) for i in (0,1)]
+    print(f'  median ratio {median[0]:.2f} to PyTorch, {median[1]:.2f} to NumPy; peak memory {peak():.2f} GB')
     if a.torchreid: beside_torchreid(a.torchreid, args, n)
     if a.rerank:
-        t,new = timed(rows[0][2].rerank)
+        t,new = timed(rows[0][3].rerank)
         print(f'  re-ranking {t:.1f} s, peak memory {peak():.2f} GB')
         if a.classic:
             c,D = timed(lambda: classic(q, g))
@@ -109,11 +111,9 @@ if __name__=='__main__':
     p.add_argument('--rerank', action='store_true', help='time re-ranking too')
     p.add_argument('--classic', action='store_true', help='with --rerank: time the dense algorithm beside it')
     p.add_argument('--torchreid', metavar='DIR', help='time the evaluator of this checkout beside ours')
-    p.add_argument('--threads', type=int, default=torch.get_num_threads())
     p.add_argument('--repeats', type=int, default=3)
     a = p.parse_args()
-    torch.set_num_threads(a.threads)
     if len(a.sizes)==1: run(a.sizes[0], a)
     else:
-        rest = ['--rerank']*a.rerank+['--classic']*a.classic+[f'--torchreid={a.torchreid}']*bool(a.torchreid)+[f'--threads={a.threads}', f'--repeats={a.repeats}']
+        rest = ['--rerank']*a.rerank+['--classic']*a.classic+[f'--torchreid={a.torchreid}']*bool(a.torchreid)+[f'--repeats={a.repeats}']
         for s in a.sizes: subprocess.run([sys.executable, __file__, '--sizes', s, *rest], check=True)

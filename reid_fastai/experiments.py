@@ -59,7 +59,7 @@ def tune(
         warnings.warn(f'After {growths} growths the best strength of {", ".join(ends)} is still at an end of its grid; begin with a wider one.')
     return scores
 
-# %% ../nbs/20_experiments.ipynb #d751787f
+# %% ../nbs/20_experiments.ipynb #383a3437
 def _check_grids(arms, grids, seeds):
     if odd := [a for a in arms if a not in ARMS]: raise ValueError(f'arms={odd}: there are {list(ARMS)}.')
     if 'annealed' in arms and 'adaptive' not in arms: raise ValueError("The arm 'annealed' follows the λ of 'adaptive'; add that arm.")
@@ -93,8 +93,9 @@ class Comparison:
             self.out.mkdir(parents=True, exist_ok=True)
             return atomic_write(file, json.dumps(asked, indent=1))
         found = json.loads(file.read_text())
-        if diff := [k for k in asked if k!='seeds' and found.get(k)!=asked[k]]:
-            raise ValueError(f'{self.out} was begun with {diff[0]}={found.get(diff[0])!r}, and is now to go on with {asked[diff[0]]!r}. Take another folder for another comparison.')
+        before,now = ({**o.pop('cfg'), **o, 'seeds':None} for o in (found, asked))  # seeds may be added
+        if diff := [k for k in now if before.get(k)!=now[k]]:
+            raise ValueError(f'{self.out} was begun with {diff[0]}={before.get(diff[0])!r}, and is now to go on with {now[diff[0]]!r}. Take another folder for another comparison.')
 
 # %% ../nbs/20_experiments.ipynb #2f33596f
 @patch
@@ -163,7 +164,7 @@ def comparison_table(
         rows[arm] = row
     return pd.DataFrame(rows).T.rename_axis('arm')
 
-# %% ../nbs/20_experiments.ipynb #4cf9c102
+# %% ../nbs/20_experiments.ipynb #e4fa4de5
 def plot_learning_curves(
     tables:dict, # Arm -> `metrics.csv` of its runs, as DataFrames
     column:str='train_loss', # What to draw
@@ -171,10 +172,11 @@ def plot_learning_curves(
 ) -> plt.Axes: # The axis
     "A column of the training tables against the epoch: a line a run, a colour an arm"
     if ax is None: ax = plt.subplots(figsize=(4.5,3), layout='constrained')[1]
-    for i,(arm,dfs) in enumerate(tables.items()):
+    colors = {arm: f'C{i}' for i,arm in enumerate(uniqueify([*ARMS, *tables]))}  # an arm's own in every figure
+    for arm,dfs in tables.items():
         for j,df in enumerate(dfs):
             o = df.dropna(subset=[column])
-            ax.plot(o.epoch, o[column], c=f'C{i}', alpha=.8, marker='.', label=arm if j==0 else None)
+            ax.plot(o.epoch, o[column], c=colors[arm], ls='--' if arm=='annealed' else '-', alpha=.8, marker='.', label=arm if j==0 else None)
     ax.set(xlabel='epoch', ylabel=column.replace('_', ' '))
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(frameon=False)

@@ -79,7 +79,7 @@ def _run(m, f, x):
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/03_models.ipynb #aad3c472
+# %% ../nbs/03_models.ipynb #27d2b063
 _heads = {'avgpool','classifier','fc','head','heads'}
 
 def _refuse(name, why):
@@ -91,7 +91,7 @@ def _chain(m, name, x):
     try: target,calls = _run(m, getattr(m, 'forward_features', m), x)
     except Exception as e: _refuse(name, f'an image of {x.shape[2]}×{x.shape[3]} px does not go through it ({type(e).__name__}: {e})')
     if not hasattr(m, 'forward_features'):
-        n = first(i for i,o in enumerate(calls) if o.name.split('.')[0] in _heads or len(o.size)!=4)
+        n = first(i for i,o in enumerate(calls) if o.name.split('.')[0] in _heads or len(o.size)!=4 or o.size[2:]==(1,1))
         if not n: _refuse(name, 'no module between image and classifier gives a map')
         target,calls = calls[n].x,calls[:n]
     if stray := calls.filter(lambda o: not o.fed).attrgot('name'): _refuse(name, f'its module {stray[0]!r} is not fed by the one before it')
@@ -304,7 +304,7 @@ def lay_out(self:ReIDNet,
     last = depthwise and torch.device(device).type=='cpu'
     return self.to(memory_format=torch.channels_last if last else torch.contiguous_format)
 
-# %% ../nbs/03_models.ipynb #99de3770
+# %% ../nbs/03_models.ipynb #7326c956
 def _check_size(n_classes, regions):
     for k,v,low in (('n_classes', n_classes, 1), ('regions', regions, 0)):
         if isinstance(v, bool) or not isinstance(v, int) or v<low: raise ValueError(f'{k}={v!r} must be an integer of at least {low}.')
@@ -325,12 +325,12 @@ def build_reid_net(
 
 def _stats(m, name):
     "Mean and standard deviation of the images that the backbone was trained on"
-    if not name.startswith(_tv): return {k: m.pretrained_cfg[k] for k in ('mean','std')}
+    if not name.startswith(_tv): return {k:v for k,v in getattr(m, 'pretrained_cfg', {}).items() if k in ('mean','std')}
     try: tfm = torchvision.models.get_model_weights(name.removeprefix(_tv)).DEFAULT.transforms()
     except AttributeError: return {}
     return dict(mean=tuple(tfm.mean), std=tuple(tfm.std))
 
-# %% ../nbs/03_models.ipynb #0efc5fd2
+# %% ../nbs/03_models.ipynb #2c098651
 def reid_splitter(
     model:nn.Module # `ReIDNet`, also within `DistributedDataParallel`
 ) -> list: # Two lists of parameters: the backbone's, and those of region convolutions, necks and classifiers

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+import reid_fastai.evaluation.distances as distances
 import reid_fastai.evaluation.metrics as metrics
 import reid_fastai.evaluation.rerank as rerank
 from reid_fastai.evaluation.distances import Distances, topk_keys
@@ -138,8 +139,8 @@ def test_training_precision_does_not_leak():
 
 def test_products_use_all_digits(monkeypatch):
     "What `highest` means shows on a GPU alone; that it is set shows here"
-    seen,product = [],torch.addmm
-    monkeypatch.setattr(torch, 'addmm', lambda *a: seen.append(torch.get_float32_matmul_precision()) or product(*a))
+    seen,product = [],distances._product
+    monkeypatch.setattr(distances, '_product', lambda *a: seen.append(torch.get_float32_matmul_precision()) or product(*a))
     old = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('medium')
     try: build(**args())

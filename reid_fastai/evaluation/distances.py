@@ -29,7 +29,7 @@ def as_feats(
                          'Did training diverge? Were they computed in float16, which ends at 65504?')
     return x
 
-# %% ../../nbs/09_evaluation.distances.ipynb #2447c1cc
+# %% ../../nbs/09_evaluation.distances.ipynb #30de5e2c
 _multiple = 192 # rows; divisible by 8, 12, 16, 24, 48 and 64, the sides of the tiles that products are made of
 
 class _Float32Products:
@@ -43,6 +43,10 @@ class _Float32Products:
         self.autocast.__exit__(*args)
         torch.set_float32_matmul_precision(self.old)
 
+def _product(a, b):
+    "`a @ b.T`"
+    return torch.from_numpy(a.numpy()@b.numpy().T) if a.device.type=='cpu' else a@b.T
+
 def _shift(g, dtype):
     "(d,) a vector near the middle of rows `g`, a multiple of a power of two no smaller than their spread"
     lo,hi = g.amin(0).to(dtype),g.amax(0).to(dtype)
@@ -53,8 +57,9 @@ def _shift(g, dtype):
 
 def _unit(x):
     "Rows of `x` with norm 1; a zero row stays zero. Dividing by the largest number first keeps squares from overflowing"
-    x = x/x.abs().amax(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    return x/x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    norm = lambda p: torch.linalg.vector_norm(x, p, dim=1, keepdim=True).clamp_min_(torch.finfo(x.dtype).tiny)
+    x = x/norm(torch.inf)
+    return x.div_(norm(2))
 
 # %% ../../nbs/09_evaluation.distances.ipynb #2657248d
 class Distances:
@@ -78,7 +83,7 @@ class Distances:
 
     def __repr__(self): return f'Distances: {self.shape[0]} queries × {self.shape[1]} gallery images, {self.metric}, {self.dtype}'
 
-# %% ../../nbs/09_evaluation.distances.ipynb #c9aa5437
+# %% ../../nbs/09_evaluation.distances.ipynb #ca3efa56
 @patch
 def _prepare(self:Distances, x):
     "What the product needs of rows `x`: unit vectors, or vectors without the part that all have in common"
@@ -96,8 +101,8 @@ def _gallery(self:Distances):
     "Minus the gallery's unit vectors, or minus twice its vectors, padded; and the part of the keys that depends on the gallery alone"
     m = self.shape[1]
     g,sq = (self.q.new_zeros(s, dtype=self.dtype) for s in ((m + -m%_multiple, self.q.shape[1]), m + -m%_multiple))
-    for i in range(0, m, 4096):
-        x = self._prepare(self.g[i:i+4096])
+    for i in range(0, m, 1024):
+        x = self._prepare(self.g[i:i+1024])
         if self.metric=='euclidean': sq[i:i+len(x)] = self._squares(x)
         g[i:i+len(x)] = x.mul_(-1 if self.metric=='cosine' else -2)
     sq[m:] = torch.inf
@@ -116,7 +121,7 @@ def keys(self:Distances,
         with _Float32Products(self.q.device):
             q = self._prepare(self.q[rows])
             if self.metric=='euclidean': self._squares(q)
-            k = torch.addmm(sq, pad(q, (0,0,0,-len(q)%_multiple)), g.T)[:len(q)]
+            k = _product(pad(q, (0,0,0,-len(q)%_multiple)), g)[:len(q)].add_(sq)
         yield rows,k
 
 # %% ../../nbs/09_evaluation.distances.ipynb #199b9c1f

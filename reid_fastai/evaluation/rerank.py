@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RerankedDistances', 'rerank_memory']
 
-# %% ../../nbs/11_evaluation.rerank.ipynb #9c90a6cc
+# %% ../../nbs/11_evaluation.rerank.ipynb #166cc469
 import numpy as np
 import torch
 from fastcore.all import *
@@ -13,10 +13,10 @@ from scipy import sparse
 from torch import Tensor
 
 from ..core import free_memory,progress
-from .distances import Distances,_Float32Products,_multiple,topk_keys
+from .distances import Distances,_Float32Products,_multiple,_product,topk_keys
 from .metrics import RetrievalResults,_one_thread,_readers
 
-# %% ../../nbs/11_evaluation.rerank.ipynb #4e2077d0
+# %% ../../nbs/11_evaluation.rerank.ipynb #d49398eb
 class _Nearest:
     "The nearest `k` of each of `n` images among those met so far, and the farthest key"
     def __init__(self, n, k, like):
@@ -32,17 +32,17 @@ class _Nearest:
         self.far[rows] = torch.maximum(self.far[rows], keys[:,:m].amax(1))
 
 @torch.no_grad()
-def _neighbours(dists, k):
-    "Of all images: the nearest `k` (n, k) int32, and the squared distance of the farthest"
-    n,size = dists.shape[0],-(-dists.chunk_size//_multiple)*_multiple
-    with _Float32Products(dists.q.device): g,sq = dists._gallery()
+def _neighbours(dists, g, sq, k):
+    "Of all images: the nearest `k` (n, k) int32, their squared distances (n, k), and that of the farthest (n,)"
+    n,size = dists.shape[0],-(-3*dists.chunk_size//_multiple)*_multiple
     near = _Nearest(n, k, g)
     for a in progress(range(0, n, size), 'Finding neighbours'):
         b = min(a+size, n)
-        with _Float32Products(g.device): p = (g[a:a+size]/(-1 if dists.metric=='cosine' else -2))@g[a:].T
-        if b<n: near.meet(slice(b, n), (p[:,b-a:n-a]+sq[a:b,None]).T.contiguous(), a, b-a)
+        with _Float32Products(g.device): p = _product(g[a:a+size]/(-1 if dists.metric=='cosine' else -2), g[a:])
+        for c in range(b, n, 2048): near.meet(slice(c, d := min(c+2048, n)), (p[:,c-a:d-a]+sq[a:a+size,None]).T.contiguous(), a, b-a)
         near.meet(slice(a, b), p[:b-a].add_(sq[a:]), a, n-a)
-    return near.i.cpu().numpy(),_squared(dists, near.far[:,None], slice(0, n)).flatten().cpu().numpy()
+    sqd = _squared(dists, torch.cat([near.v, near.far[:,None]], 1), slice(0, n)).cpu().numpy()
+    return near.i.cpu().numpy(),sqd[:,:-1],sqd[:,-1]
 
 def _squared(dists, keys, rows):
     "Squared Euclidean distances; of unit vectors if the metric is cosine"
@@ -65,35 +65,31 @@ def _expanded(near, k, idxs):
     first = (sets>=0) & np.diff(sets, axis=1, prepend=-1).astype(bool)
     return first.nonzero()[0],sets[first]
 
-# %% ../../nbs/11_evaluation.rerank.ipynb #58d352e6
-@patch
-def pairs(self:Distances,
-    row, # (p,) rows of `q`
-    col # (p,) rows of `g`
-) -> Tensor: # (p,) distances, on the CPU
-    "Distances of single pairs"
-    q = self._prepare(self.q)
-    g = q if self.g is self.q else self._prepare(self.g)
-    row,col = (torch.as_tensor(o, device=q.device).long() for o in (row,col))
+# %% ../../nbs/11_evaluation.rerank.ipynb #cfe3ccc6
+def _pairs(dists, g, row, col):
+    "Squared distances of single pairs of images, from the rows `g` of the product"
+    row,col = (torch.as_tensor(o, device=g.device).long() for o in (row,col))
     # Few enough for the processor's cache; into memory that is asked for once, as holes between the results would add up to gigabytes
-    res,bufs = q.new_empty(len(row)),q.new_empty(2, min(512, len(row)), q.shape[1])
+    res,bufs = g.new_empty(len(row)),g.new_empty(2, min(512, len(row)), g.shape[1])
     for r,c,out in zip(row.split(512), col.split(512), res.split(512)):
-        a,b = (torch.index_select(x, 0, i, out=buf[:len(i)]) for x,i,buf in zip((q,g), (r,c), bufs))
-        out.copy_((1-a.mul_(b).sum(1)).clamp_min_(0) if self.metric=='cosine' else a.sub_(b).square_().sum(1).sqrt_())
-    return res.cpu()
+        a,b = (torch.index_select(g, 0, i, out=buf[:len(i)]) for i,buf in zip((r,c), bufs))
+        out.copy_((2-2*a.mul_(b).sum(1)).clamp_min_(0) if dists.metric=='cosine' else a.sub_(b).square_().sum(1)/4)  # rows are doubled there
+    return res.cpu().numpy()
 
-# %% ../../nbs/11_evaluation.rerank.ipynb #2c3f48bd
-def _weights(dists, near, far, k1):
+# %% ../../nbs/11_evaluation.rerank.ipynb #1b4af551
+def _weights(dists, g, near, sqd, far, k1):
     "Sparse matrix V of step 3, one row an image"
     n,half = len(near),round(k1/2)+1
     step = max(1, 2**26//((k1+1)**2*half)) # so that the largest comparison of sets takes 64 MB
     parts = []
     for i in progress(range(0, n, step), 'Comparing neighbours'):
         row,col = _expanded(near, k1, np.arange(i, min(i+step, n)))
-        parts.append((row+i, col))
-    row,col = map(np.concatenate, zip(*parts))
-    with _one_thread(): d = dists.pairs(row, col)
-    d = (2*d if dists.metric=='cosine' else d.square()).numpy()
+        found = near[row+i]==col[:,None]
+        d,other = np.empty(len(row), sqd.dtype),~found.any(1)
+        d[~other] = sqd[row+i][found]
+        with _one_thread(): d[other] = _pairs(dists, g, row[other]+i, col[other])
+        parts.append((row+i, col, d))
+    row,col,d = map(np.concatenate, zip(*parts))
     V = sparse.csr_matrix((np.exp(-d/np.maximum(far, np.finfo(far.dtype).tiny)[row]).astype(np.float32), (row, col)), shape=(n,n))
     V.data /= np.repeat(np.asarray(V.sum(1)).ravel(), np.diff(V.indptr))
     return V
@@ -177,7 +173,7 @@ def _check_memory(n, d, k1, k2, chunk_size):
                      + (f'k1={fits[-1]}, k2={min(fits[-1], k2)} would fit. ' if fits else '')
                      + f'With k1={k1}, k2={k2} about {size} images fit; a smaller `chunk_size` helps when there are many.')
 
-# %% ../../nbs/11_evaluation.rerank.ipynb #8cf76740
+# %% ../../nbs/11_evaluation.rerank.ipynb #5e574f10
 @patch
 def rerank(self:RetrievalResults,
     k1:int=20, # Reciprocal neighbours
@@ -192,9 +188,10 @@ def rerank(self:RetrievalResults,
     _check_memory(n, base.q.shape[1], k1, k2, base.chunk_size)
     x = torch.cat([base.q.to(base.dtype), base.g.to(base.dtype)])
     joined = Distances(x, x, base.metric, base.chunk_size)
-    near,far = _neighbours(joined, k1+1)
-    V = _query_expansion(_weights(joined, near, far, k1), near, k2)
-    del x,joined
+    with _Float32Products(x.device): g,sq = joined._gallery()
+    near,sqd,far = _neighbours(joined, g, sq, k1+1)
+    V = _query_expansion(_weights(joined, g, near, sqd, far, k1), near, k2)
+    del x,joined,g
     n_q = base.shape[0]
     dists = RerankedDistances(base, V[:n_q], V[n_q:].T.tocsr(), far[:n_q], lambda_value)
     return RetrievalResults(dists, self.q_pids, self.q_camids, self.g_pids, self.g_camids)
