@@ -3,9 +3,9 @@
     python benchmarks/retrieval.py [--sizes market msmt17] [--rerank] [--classic] [--torchreid DIR]
 
 Each size runs in a process of its own, so that its peak memory is its own.
-`--classic` also times dense NumPy re-ranking (9 GB at Market-1501's size).
-`--torchreid` also times that library's evaluator; DIR is a checkout of KaiyangZhou/deep-person-reid, its extension
-built by `python setup.py build_ext --inplace` in `torchreid/metrics/rank_cylib`. It needs 1 GB more at Market-1501's size.
+`--classic` also times dense NumPy re-ranking, written here as lean as it can be (7 GB at Market-1501's size).
+`--torchreid` also times that library's evaluator and, with `--rerank`, the published NumPy code of re-ranking that it carries; DIR is a
+checkout of KaiyangZhou/deep-person-reid, its extension built by `python setup.py build_ext --inplace` in `torchreid/metrics/rank_cylib`.
 The environment variable OMP_NUM_THREADS sets the threads of PyTorch and of NumPy.
 """
 import argparse, resource, statistics, subprocess, sys, time
@@ -69,16 +69,20 @@ def classic(q, g, k1=20, k2=6, lam=.3):
         D[i] = (1-lam)*(1-s/(2-s))[n_q:] + lam*D[i]
     return D
 
-def beside_torchreid(folder, args, n):
-    "Time torchreid's distances and compiled evaluator on the same features, and compare its figures"
-    # Its two files by name: the package itself wants tensorboard, gdown and more
+def torchreid_modules(folder):
+    "Its distances, evaluator and re-ranking, by name: the package itself wants tensorboard, gdown and more"
     import types
-    for name in ('torchreid','torchreid.metrics','torchreid.metrics.rank_cylib'):
+    for name in ('torchreid','torchreid.metrics','torchreid.metrics.rank_cylib','torchreid.utils'):
         sys.modules[name] = m = types.ModuleType(name)
         m.__path__ = [str(Path(folder, *name.split('.')))]
-    from torchreid.metrics.distance import compute_distance_matrix
-    from torchreid.metrics.rank import IS_CYTHON_AVAI, evaluate_rank
-    if not IS_CYTHON_AVAI: raise SystemExit(f'{folder}: the extension rank_cy is not built')
+    from torchreid.metrics import distance, rank
+    from torchreid.utils import rerank
+    if not rank.IS_CYTHON_AVAI: raise SystemExit(f'{folder}: the extension rank_cy is not built')
+    return distance.compute_distance_matrix,rank.evaluate_rank,rerank.re_ranking
+
+def beside_torchreid(folder, args, n):
+    "Time torchreid's distances and compiled evaluator on the same features, and compare its figures"
+    compute_distance_matrix,evaluate_rank,_ = torchreid_modules(folder)
     q,qp,qc,g,gp,gc = args
     labels = [o.numpy() for o in (qp,gp,qc,gc)]
     theirs = lambda: evaluate_rank(compute_distance_matrix(q, g, 'cosine').numpy(), *labels, max_rank=50)
@@ -86,6 +90,12 @@ def beside_torchreid(folder, args, n):
         (o,ours),(t,(cmc,mAP)) = timed(lambda: (res := RetrievalResults.from_embeddings(*args), res.mAP, res.mINP, res.cmc(50))),timed(theirs)
         print(f'  ours {o:6.2f} s   torchreid {t:6.2f} s, {t/o:.2f} times as long; mAP differs by {abs(ours[1]-mAP):.1e}, CMC by {np.abs(ours[3]-cmc).max():.1e}')
     print(f'  peak memory with torchreid {peak():.2f} GB')
+
+def published(folder, q, g):
+    "The published re-ranking, in torchreid: Euclidean distances between unit vectors, as squares are taken inside"
+    compute_distance_matrix,_,re_ranking = torchreid_modules(folder)
+    q,g = (torch.nn.functional.normalize(o) for o in (q,g))
+    return re_ranking(*(compute_distance_matrix(*o, 'euclidean').clamp_min_(0).sqrt_().numpy() for o in ((q,g),(q,q),(g,g))))
 
 def run(size, a):
     args = features(*SIZES[size])
@@ -100,17 +110,20 @@ def run(size, a):
     if a.rerank:
         t,new = timed(rows[0][3].rerank)
         print(f'  re-ranking {t:.1f} s, peak memory {peak():.2f} GB')
-        if a.classic:
-            c,D = timed(lambda: classic(q, g))
+        dense = {'classic': lambda: classic(q, g)} if a.classic else {}
+        if a.torchreid: dense["torchreid's"] = lambda: published(a.torchreid, q, g)
+        for name,f in dense.items():
+            c,D = timed(f)
             off = max(np.abs(D[rows]-b.numpy()).max() for rows,b in new.dists.blocks())
-            print(f'  classic {c:.1f} s, {c/t:.1f} times as long; distances differ by at most {off:.1e}; peak memory {peak():.2f} GB')
+            print(f'  {name} {c:.1f} s, {c/t:.1f} times as long; distances differ by at most {off:.1e}; peak memory {peak():.2f} GB')
+            del D
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--sizes', nargs='+', default=['market'], choices=list(SIZES))
     p.add_argument('--rerank', action='store_true', help='time re-ranking too')
     p.add_argument('--classic', action='store_true', help='with --rerank: time the dense algorithm beside it')
-    p.add_argument('--torchreid', metavar='DIR', help='time the evaluator of this checkout beside ours')
+    p.add_argument('--torchreid', metavar='DIR', help='time the evaluator of this checkout beside ours, and with --rerank its re-ranking')
     p.add_argument('--repeats', type=int, default=3)
     a = p.parse_args()
     if len(a.sizes)==1: run(a.sizes[0], a)
