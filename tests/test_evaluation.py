@@ -3,12 +3,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from pandas.testing import assert_frame_equal
 
 import reid_fastai.evaluation.distances as distances
 import reid_fastai.evaluation.metrics as metrics
 import reid_fastai.evaluation.rerank as rerank
 from reid_fastai.evaluation.distances import Distances, topk_keys
 from reid_fastai.evaluation.metrics import RetrievalResults
+from pretend_gpu import pretend_gpu
 
 build = RetrievalResults.from_embeddings
 quiet = pytest.mark.filterwarnings('ignore:.*nobody to find')
@@ -248,6 +250,30 @@ def test_gpu(metric):
     q = [torch.as_tensor(o).cuda() for o in p]
     check(build(*q, metric=metric), p, metric)
     check(build(q[0], *p[1:], metric=metric), p, metric)
+
+@quiet
+@pytest.mark.parametrize('metric', ['cosine','euclidean'])
+@pytest.mark.parametrize('dtype', [torch.float16,torch.float32])
+def test_devices(metric, dtype, monkeypatch):
+    "The same figures as from the CPU, and no operation mixes devices"
+    p = [torch.as_tensor(o) for o in problem(7, 40, 300, 8, 9, 4, metric=='euclidean')]
+    p[0],p[3] = p[0].to(dtype),p[3].to(dtype)
+    cpu = build(*p, metric=metric)
+    want = cpu.per_query(),cpu.rerank().per_query(),cpu.topk(9).idxs
+    with pretend_gpu(monkeypatch) as on:
+        for features in ([on(o) for o in p], [on(p[0]), *p[1:3], on(p[3]), *p[4:]]):
+            got = build(*features, metric=metric)
+            assert_frame_equal(got.per_query(), want[0])
+            assert_frame_equal(got.rerank().per_query(), want[1])
+            assert torch.equal(torch.as_tensor(got.topk(9).idxs.tolist()), want[2])
+
+def test_pretended_device(monkeypatch):
+    "It refuses what a GPU refuses"
+    x = torch.ones(3)
+    with pretend_gpu(monkeypatch) as on:
+        assert (y := on(x)+1).device.type=='cuda' and torch.zeros(2, device='cuda').device.type=='cuda' and y.cpu().device.type=='cpu'
+        with pytest.raises(RuntimeError, match='different devices'): on(x)+x
+        with pytest.raises((RuntimeError, TypeError)): on(x).numpy()
 
 # --- re-ranking
 
