@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from fastcore.all import *
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear,pad
 
 # %% ../../nbs/09_evaluation.distances.ipynb #7142b5eb
 def as_feats(
@@ -45,7 +45,8 @@ class _Float32Products:
 
 def _product(a, b):
     "`a @ b.T`"
-    return torch.from_numpy(a.numpy()@b.numpy().T) if a.device.type=='cpu' else a@b.T
+    if a.device.type=='cpu' and a.dtype==torch.float32 and torch.backends.mkldnn.is_available(): return linear(a.to_mkldnn(), b).to_dense()
+    return a@b.T
 
 def _shift(g, dtype):
     "(d,) a vector near the middle of rows `g`, a multiple of a power of two no smaller than their spread"

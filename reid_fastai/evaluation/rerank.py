@@ -161,7 +161,7 @@ def rerank_memory(
     half = round(k1/2)+1
     members = min(n, (k1+1)*(half+1))
     V,joined = n*min(n, members*k2)*8,2*4*n*d
-    return joined + 4*4*chunk_size*n + 4*n*max(k1+1, k2) + n*members*24 + 2*V
+    return joined + 4*7*chunk_size*n + 4*n*max(k1+1, k2) + n*members*24 + 2*V
 
 def _check_memory(n, d, k1, k2, chunk_size):
     "Refuse what would not fit, and say what would"
