@@ -136,7 +136,7 @@ def test_compare(data, tmp_path, shell):
     assert list(pd.read_csv(tmp_path/'c'/'results.csv').arm)==['none','adaptive']
     assert {'summary.md','curves.png','lambda_hist.png'} <= {o.name for o in (tmp_path/'c').iterdir()}
     res = shell('reid-compare', *args, '--lr', '1e-2')
-    assert res.returncode==2 and 'was begun with cfg' in res.err
+    assert res.returncode==2 and 'was begun with lr=0.001' in res.err
 
 def test_table_of_the_paper_says_what_is_missing(tmp_path, shell):
     res = shell('reid-compare', '--table', 'paper', '--root', tmp_path, '--out', tmp_path/'t')
