@@ -93,9 +93,10 @@ def test_dtypes(metric, dtype):
 @quiet
 @pytest.mark.parametrize('metric', ['cosine','euclidean'])
 @pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64])
-def test_chunks(metric, dtype):
+@pytest.mark.parametrize('d', [37,2048])
+def test_chunks(metric, dtype, d):
     "Neither the chunk size nor the place in the gallery changes a bit of a distance"
-    p = problem(2, 130, 333, 37, 20, 4, False)
+    p = problem(2, 130, 333, d, 20, 4, False)
     p[3][[5,100,332]] = p[3][0] # equal images, at the edges
     p[0],p[3] = torch.as_tensor(p[0]).to(dtype),torch.as_tensor(p[3]).to(dtype)
     one = build(*p, metric=metric)
