@@ -46,14 +46,15 @@ def _sq_norms(ws):
     dtype = reduce(torch.promote_types, {w.dtype for w in ws}, torch.float32)
     if ws[0].device.type!='cpu': return torch.stack(torch._foreach_norm(ws, dtype=dtype)).square()
     # On a CPU `_foreach_norm` is a loop over arrays, and its running sum loses 3 digits on large ones
-    return torch.stack([_sq_norm(w.to(dtype).reshape(-1)) for w in ws])
+    norms = torch._foreach_norm([_row_norms(w.to(dtype).reshape(-1)) for w in ws], dtype=torch.float64)
+    return torch.stack(norms).square().to(dtype)
 
-def _sq_norm(v, n=2048):
-    "`‖v‖²` of a vector: its own precision within rows of `n`, float64 across them, so that rounding errors do not add up"
-    if len(v)<=n: return v@v
+def _row_norms(v, n=4096):
+    "A short vector with the norm of `v`: the norms of its rows of `n`, and what is left"
+    if len(v)<=n: return v
     k = len(v)//n*n
-    rows = torch.linalg.vector_norm(v[:k].view(-1, n), dim=1).double()
-    return (rows@rows if k==len(v) else rows@rows + v[k:]@v[k:]).to(v.dtype)
+    rows = torch.linalg.vector_norm(v[:k].view(-1, n), dim=1)
+    return rows if k==len(v) else torch.cat([rows, v[k:]])
 
 class _WeightedSqNorms(torch.autograd.Function):
     "`Σ_n λ_n ‖w_n‖²`"
