@@ -128,25 +128,30 @@ def test_layouts_and_kinds():
     assert (build(*strs).ranks==build(*ints).ranks).all()
     assert build(*[o.astype(object) if o.dtype.kind=='U' else o for o in strs]).mAP==build(*ints).mAP
 
-def test_training_precision_does_not_leak():
+@pytest.mark.parametrize('reranked', [False, True])
+@pytest.mark.parametrize('metric', ['cosine', 'euclidean'])
+def test_training_precision_does_not_leak(metric, reranked):
     "Autocast and reduced-precision products are training's business"
     p = problem(4, 60, 300, 64, 20, 4, False)
-    p[1],p[4] = np.abs(p[1])+1,np.abs(p[4])+1
-    want = build(*p).topk(300)
+    p[0],p[3] = np.abs(p[0])+1,np.abs(p[3])+1
+    def ranking():
+        res = build(*p, metric=metric)
+        return (res.rerank() if reranked else res).topk(300)
+    want = ranking()
     torch.set_float32_matmul_precision('medium')
     try:
-        with torch.autocast('cpu', dtype=torch.bfloat16): got = build(*p).topk(300)
+        with torch.autocast('cpu', dtype=torch.bfloat16): got = ranking()
         assert torch.get_float32_matmul_precision()=='medium'
     finally: torch.set_float32_matmul_precision('highest')
     assert all(torch.equal(a, b) for a,b in zip(want, got))
 
 def test_products_use_all_digits(monkeypatch):
     "What `highest` means shows on a GPU alone; that it is set shows here"
-    seen,product = [],distances._product
-    monkeypatch.setattr(distances, '_product', lambda *a: seen.append(torch.get_float32_matmul_precision()) or product(*a))
+    seen,linear = [],distances.linear
+    monkeypatch.setattr(distances, 'linear', lambda *a: seen.append(torch.get_float32_matmul_precision()) or linear(*a))
     old = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('medium')
-    try: build(**args())
+    try: build(**args(q_feats=torch.eye(3), g_feats=torch.eye(3)))
     finally: torch.set_float32_matmul_precision(old)
     assert seen==['highest']
 

@@ -32,21 +32,15 @@ def as_feats(
 # %% ../../nbs/09_evaluation.distances.ipynb #30de5e2c
 _multiple = 192 # rows; divisible by 8, 12, 16, 24, 48 and 64, the sides of the tiles that products are made of
 
-class _Float32Products:
-    "Within it products use all the digits of their dtype, whatever precision or autocast the user has set for training"
-    def __init__(self, device): self.autocast = torch.autocast(device.type, enabled=False)
-    def __enter__(self):
-        self.old = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision('highest')
-        self.autocast.__enter__()
-    def __exit__(self, *args):
-        self.autocast.__exit__(*args)
-        torch.set_float32_matmul_precision(self.old)
-
 def _product(a, b):
-    "`a @ b.T`"
-    if a.device.type=='cpu' and a.dtype==torch.float32 and torch.backends.mkldnn.is_available(): return linear(a.to_mkldnn(), b).to_dense()
-    return a@b.T
+    "`a @ b.T` with all the digits of their dtype, whatever precision or autocast the user has set for training"
+    old = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    try:
+        with torch.autocast(a.device.type, enabled=False):
+            if a.device.type=='cpu' and a.dtype==torch.float32 and torch.backends.mkldnn.is_available(): return linear(a.to_mkldnn(), b).to_dense()
+            return a@b.T
+    finally: torch.set_float32_matmul_precision(old)
 
 def _shift(g, dtype):
     "(d,) a vector near the middle of rows `g`, a multiple of a power of two no smaller than their spread"
@@ -115,15 +109,13 @@ def keys(self:Distances,
     queries:Tensor|None=None # Indices of queries; None: all
 ): # Yields (slice or indices of queries, (n, at least m) tensor); infinite where there is no gallery image
     "Blocks of numbers that order the gallery as the distances do"
-    with _Float32Products(self.q.device): g,sq = self._gallery()
+    g,sq = self._gallery()
     for i in range(0, self.shape[0] if queries is None else len(queries), self.chunk_size):
         rows = slice(i, i+self.chunk_size)
         if queries is not None: rows = queries[rows]
-        with _Float32Products(self.q.device):
-            q = self._prepare(self.q[rows])
-            if self.metric=='euclidean': self._squares(q)
-            k = _product(pad(q, (0,0,0,-len(q)%_multiple)), g)[:len(q)].add_(sq)
-        yield rows,k
+        q = self._prepare(self.q[rows])
+        if self.metric=='euclidean': self._squares(q)
+        yield rows,_product(pad(q, (0,0,0,-len(q)%_multiple)), g)[:len(q)].add_(sq)
 
 # %% ../../nbs/09_evaluation.distances.ipynb #199b9c1f
 @patch

@@ -13,7 +13,7 @@ from scipy import sparse
 from torch import Tensor
 
 from ..core import free_memory,progress
-from .distances import Distances,_Float32Products,_multiple,_product,topk_keys
+from .distances import Distances,_multiple,_product,topk_keys
 from .metrics import RetrievalResults,_one_thread,_readers
 
 # %% ../../nbs/11_evaluation.rerank.ipynb #d49398eb
@@ -38,7 +38,7 @@ def _neighbours(dists, g, sq, k):
     near = _Nearest(n, k, g)
     for a in progress(range(0, n, size), 'Finding neighbours'):
         b = min(a+size, n)
-        with _Float32Products(g.device): p = _product(g[a:a+size]/(-1 if dists.metric=='cosine' else -2), g[a:])
+        p = _product(g[a:a+size]/(-1 if dists.metric=='cosine' else -2), g[a:])
         for c in range(b, n, 2048): near.meet(slice(c, d := min(c+2048, n)), (p[:,c-a:d-a]+sq[a:a+size,None]).T.contiguous(), a, b-a)
         near.meet(slice(a, b), p[:b-a].add_(sq[a:]), a, n-a)
     sqd = _squared(dists, torch.cat([near.v, near.far[:,None]], 1), slice(0, n)).cpu().numpy()
@@ -188,7 +188,7 @@ def rerank(self:RetrievalResults,
     _check_memory(n, base.q.shape[1], k1, k2, base.chunk_size)
     x = torch.cat([base.q.to(base.dtype), base.g.to(base.dtype)])
     joined = Distances(x, x, base.metric, base.chunk_size)
-    with _Float32Products(x.device): g,sq = joined._gallery()
+    g,sq = joined._gallery()
     near,sqd,far = _neighbours(joined, g, sq, k1+1)
     V = _query_expansion(_weights(joined, g, near, sqd, far, k1), near, k2)
     del x,joined,g
