@@ -41,7 +41,7 @@ def _check_splits(df, name):
 # %% ../nbs/00_core.ipynb #0bb584bb
 def _number(values, first=1):
     "Whole numbers as they are; anything else numbered in order from `first` on → numbers, {number: value}"
-    if pd.api.types.is_integer_dtype(values): return values.astype('int64'), {}
+    if pd.api.types.is_integer_dtype(values) or (pd.api.types.is_float_dtype(values) and (values%1==0).all()): return values.astype('int64'), {}
     codes,names = pd.factorize(values.astype(str), sort=True)
     return codes+first, dict(enumerate(names.tolist(), first))
 

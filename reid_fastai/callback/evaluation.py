@@ -102,6 +102,7 @@ class RetrievalMetrics(Callback):
     def before_validate(self):
         if hasattr(self.learn, 'gather_preds') or self.learn.dl is not self.dls.valid: return
         if not self.trained:  # `Learner.validate`, outside a fit
+            if hasattr(self.learn, 'progress'): self.learn.progress.before_validate()  # its turn would be after ours, and it will end the bar that it begins here
             self.results = self.learn.retrieval(self.flip)
             self.recorder.log += L(self.learn.metrics).map(lambda m: m.value)
         raise CancelValidException()

@@ -24,7 +24,7 @@ from fastcore.all import *
 
 from ..core import JUNK_PID,ReIDSplits,free_memory,progress
 from .augment import reid_augs
-from .datasets import read_dataset
+from .datasets import read_dataset,read_numbers
 from .sampler import PKSampler
 
 # %% ../../nbs/08_data.block.ipynb #332874d5
@@ -51,6 +51,16 @@ def read_image(
     return np.asarray(im).transpose(2,0,1)
 
 # %% ../../nbs/08_data.block.ipynb #bc5d7c6a
+def _decode_all(paths, size, f, desc, n_threads=None):
+    "Decode all images in threads, and hand number and image to `f`; the first that cannot be read ends it"
+    def g(idxs):
+        for i in idxs: f(i, read_image(paths[i], size))
+    chunks = list(chunked(range_of(paths), 64))
+    ex = ThreadPoolExecutor(n_threads or min(16, os.cpu_count() or 1))
+    try:
+        for _ in progress(ex.map(g, chunks), desc, len(chunks)): pass
+    finally: ex.shutdown(cancel_futures=True)
+
 class ImageMemory:
     "Images decoded once, by several threads, and kept as bytes"
     def __init__(self,
@@ -60,14 +70,9 @@ class ImageMemory:
     ):
         self.size,self.index = tuple(size),{p:i for i,p in enumerate(dict.fromkeys(paths))}
         self.x = torch.empty(len(self.index), 3, *size, dtype=torch.uint8)
-        x,paths = self.x.numpy(),list(self.index)
-        def f(idxs):
-            for i in idxs: x[i] = read_image(paths[i], size)
-        chunks = list(chunked(range_of(paths), 64))
-        ex = ThreadPoolExecutor(n_threads or min(16, os.cpu_count() or 1))
-        try:
-            for _ in progress(ex.map(f, chunks), 'Decoding images', len(chunks)): pass
-        finally: ex.shutdown(cancel_futures=True)
+        x = self.x.numpy()
+        def keep(i, im): x[i] = im
+        _decode_all(list(self.index), size, keep, 'Decoding images', n_threads)
 
     def rows(self,
         paths # Image files
@@ -272,6 +277,7 @@ def from_splits(cls:ReIDDataLoaders,
     test_df = pd.concat(parts[1:], ignore_index=True)
     df = _absolute(pd.concat([parts[0], test_df], ignore_index=True), splits.root)
     mem = ImageMemory(df.path, size) if ifnone(in_memory, _fits(len(df), size)) else None
+    if mem is None: _decode_all(list(df.path), size, noop, 'Checking images')  # else a broken file would be met at the search, after the training
     dblock = DataBlock(blocks=(ReIDImageBlock(size, mem), PidBlock(parts[0].pid, test_df.pid, splits.pid_names), CamBlock()), n_inp=1, dl_type=ReIDDL,
                        getters=[ItemPath(), ColReader('pid'), ColReader('camid')], splitter=IndexSplitter(range(len(parts[0]), len(df))),
                        batch_tfms=ifnone(batch_tfms, reid_augs(round(10*size[1]/128))))
@@ -301,7 +307,7 @@ def from_df(cls:ReIDDataLoaders,
     **kwargs
 ) -> ReIDDataLoaders: # `train` and `valid`
     "Load the images that a table lists"
-    return cls.from_splits(ReIDSplits(df, name, root), **kwargs)
+    return cls.from_splits(ReIDSplits(read_numbers(df), name, root), **kwargs)
 
 # %% ../../nbs/08_data.block.ipynb #d54defff
 @patch

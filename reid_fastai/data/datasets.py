@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Market1501', 'DukeMTMC', 'CUHK03', 'MSMT17', 'own_folders', 'layouts', 'ReIDLayout', 'FolderLayout', 'ListLayout',
-           'PidFolders', 'read_csv', 'detect_layout', 'read_dataset']
+           'PidFolders', 'read_numbers', 'read_csv', 'detect_layout', 'read_dataset']
 
 # %% ../../nbs/04_data.datasets.ipynb #b1d03ea9
 import os,re
@@ -187,6 +187,15 @@ class PidFolders(ReIDLayout):
 own_folders = PidFolders('Folders', {})
 
 # %% ../../nbs/04_data.datasets.ipynb #37a97557
+def read_numbers(
+    df:pd.DataFrame # Table of images
+) -> pd.DataFrame: # A copy in which `pid` and `camid` that are whole numbers written as text are numbers, so that -1 is junk and 0 a distractor
+    "Tell numbers from names: '7' is a number, but beside '07' or 'anna' it is a name"
+    def f(o):
+        s = o.str.strip()
+        return s.astype('int64') if s.str.fullmatch(r'-?\d+').all() and s.nunique()==s.astype('int64').nunique() else o
+    return df.assign(**{c: f(df[c]) for c in ('pid','camid') if c in df and df[c].map(type).eq(str).all()})
+
 def read_csv(
     path:str|Path # File with columns `path`, `pid`, `split` ('train', 'query' or 'gallery') and, if known, `camid`
 ) -> ReIDSplits: # Paths relative to the folder of the file
@@ -194,9 +203,7 @@ def read_csv(
     path = Path(path).expanduser()
     try: df = pd.read_csv(path, dtype=str)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise ValueError(f'{path} cannot be read as a table: {e}') from e
-    for c in {'pid','camid'} & set(df):
-        if df[c].notna().all() and (o := df[c].str.strip()).str.fullmatch(r'-?\d+').all() and o.nunique()==o.astype('int64').nunique(): df[c] = o.astype('int64')
-    res = ReIDSplits(df, path.stem, path.parent)
+    res = ReIDSplits(read_numbers(df), path.stem, path.parent)
     if gone := [o for o in res.df.path if not (path.parent/o).is_file()]:
         raise ValueError(f'{path}: {len(gone)} of {len(df)} images do not exist, such as {path.parent/gone[0]}. Paths are relative to the folder of the table.')
     return res
