@@ -87,6 +87,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'reid_fastai/callback/regularizer.py'),
                                                   'reid_fastai.callback.regularizer.L2Callback.after_epoch': ( 'callback.regularizer.html#l2callback.after_epoch',
                                                                                                                'reid_fastai/callback/regularizer.py'),
+                                                  'reid_fastai.callback.regularizer.L2Callback.after_fit': ( 'callback.regularizer.html#l2callback.after_fit',
+                                                                                                             'reid_fastai/callback/regularizer.py'),
                                                   'reid_fastai.callback.regularizer.L2Callback.after_loss': ( 'callback.regularizer.html#l2callback.after_loss',
                                                                                                               'reid_fastai/callback/regularizer.py'),
                                                   'reid_fastai.callback.regularizer.L2Callback.after_train': ( 'callback.regularizer.html#l2callback.after_train',

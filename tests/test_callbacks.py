@@ -80,8 +80,15 @@ def test_accumulation_equals_one_large_batch(n_acc):
     assert whole.keys()==parts.keys() and THETA in whole
     for n in whole: assert torch.allclose(whole[n], parts[n], atol=1e-6), n
 
-def test_mixed_precision_keeps_the_penalty_exact():
-    learn = learner(Spy(), AdaptiveL2(.1), MixedPrecision(amp_mode=AMPMode.BF16))
+class BFloat16(Callback):
+    "What fastai's `MixedPrecision` does on a GPU; on a CPU it switches itself off"
+    order = MixedPrecision.order
+    def before_batch(self): self.autocast = torch.autocast('cpu', torch.bfloat16); self.autocast.__enter__()
+    def after_loss(self): self.learn.loss_grad = self.learn.loss_grad.float(); self.autocast.__exit__(None, None, None)
+
+@pytest.mark.parametrize('amp', [BFloat16, lambda: MixedPrecision(amp_mode=AMPMode.BF16)])
+def test_mixed_precision_keeps_the_penalty_exact(amp):
+    learn = learner(Spy(), AdaptiveL2(.1), amp())
     with torch.no_grad(): learn.model[1].weight.mul_(1000)
     pen = sum(.05*p.detach().double().square().sum() for n,p in learn.model.named_parameters() if n!=THETA).item()
     class Total(Callback):
@@ -145,6 +152,22 @@ def test_freeze_trains_head_and_its_thetas_alone():
     fit(learn, 1, 'fit', 1e-2)
     assert (learn.model.l2_theta[~head]<theta[~head]).all()
 
+def test_frozen_by_hand_theta_stands_still():
+    "`freeze` makes fastai forget the momentum; `requires_grad_` does not"
+    learn = fit(learner(AdaptiveL2(.1)), 1, 'fit', 1e-2)
+    learn.model[0][0].requires_grad_(False)
+    off,theta = ~learn.adaptive_l2.regularizer.active(),learn.model.l2_theta.detach().clone()
+    fit(learn, 1, 'fit', 1e-2)
+    assert off.any() and torch.equal(learn.model.l2_theta[off], theta[off]) and (learn.model.l2_theta[~off]<theta[~off]).all()
+
+@pytest.mark.parametrize('opt_func', [Adam, partial(OptimWrapper, opt=torch.optim.Adam)])
+def test_without_the_callback_theta_stands_still(opt_func):
+    learn = fit(learner(AdaptiveL2(.1), opt_func=opt_func), 1, 'fit', 1e-2)
+    theta = learn.model.l2_theta.detach().clone()
+    with learn.removed_cbs(learn.adaptive_l2): fit(learn, 1, 'fit', 1e-2)
+    assert torch.equal(learn.model.l2_theta, theta)
+    assert (fit(learn, 1, 'fit', 1e-2).model.l2_theta<theta).all()
+
 def test_theta_has_the_rate_of_the_head():
     learn = fit(learner(AdaptiveL2(.1)), 1, 'fit', slice(1e-2))
     assert [h['lr'] for h in learn.opt.hypers]==pytest.approx([1e-3, 1e-2])
@@ -184,7 +207,34 @@ def test_no_decay_of_theta():
 def test_chosen_decay_is_refused(make):
     with pytest.raises(ValueError, match='Weight decay 0.[0-9]+ was chosen.*ConventionalL2'): make()
 
+def test_refused_decay_does_not_linger():
+    learn = learner(AdaptiveL2(.1))
+    with pytest.raises(ValueError, match='Weight decay 0.1'): fit(learn, 1, 'fit', 1e-2, wd=.1)
+    assert decays(fit(learn, 1, 'fit', 1e-2))=={0}
+    learn = fit(learner(), 1, 'fit', 1e-2, wd=.1)
+    with pytest.raises(ValueError, match=r'learn.opt.set_hypers\(wd=0.\)'): learn.add_cb(AdaptiveL2(.1))
+    learn.opt.set_hypers(wd=0.)
+    assert decays(fit(learn.add_cb(AdaptiveL2(.1)), 1, 'fit', 1e-2))=={0}
+
 # ---- history
+
+@pytest.mark.parametrize('cb', [lambda: AdaptiveL2(.1), ConventionalL2])
+def test_history_is_of_one_model(cb):
+    "Other arrays, or another learner, begin a history of their own"
+    learn = fit(learner(cb()), 2, 'fit', 1e-2)
+    cb = first(learn.cbs, lambda o: isinstance(o, L2Callback))
+    learn.model[1] = nn.Linear(8, 1)
+    fit(learn, 1, 'fit', 1e-2)
+    assert list(cb.history.epoch.unique())==[0,1,2,3], 'a head like the last continues it'
+    learn.model[1] = nn.Linear(8, 1, bias=False)
+    if hasattr(learn.model, THETA): del learn.model.l2_theta
+    learn.create_opt()
+    fit(learn, 1, 'fit', 1e-2)
+    assert list(cb.history.epoch.unique())==[0,1] and list(cb.history.name.unique())==cb.regularizer.names
+    learn.plot_lambda_hist(); learn.plot_lambdas()
+    learn.remove_cb(cb)
+    other = fit(learner(cb), 1, 'fit', 1e-2)
+    assert list(cb.history.epoch.unique())==[0,1] and len(cb.regularizer.names)==6
 
 def test_lr_find_and_validate_leave_no_trace():
     learn = fit(learner(AdaptiveL2(.1)), 2, 'fit', 1e-2)

@@ -41,7 +41,7 @@ _default_wd = 0.01  # of fastai's optimizers and of PyTorch's AdamW
 
 def _refuse_wd(wd):
     raise ValueError(f'Weight decay {wd} was chosen beside an L2 penalty, which takes its place: decay would also pull θ to 0, that is λ to A/2. '
-                     'Leave `wd` out or set it to 0; for constant decay use `ConventionalL2(factor=wd/2)` instead.')
+                     'Leave `wd` out or set it to 0 (`learn.opt.set_hypers(wd=0.)` if the optimizer has it); for constant decay use `ConventionalL2(factor=wd/2)` instead.')
 
 def _chosen_wd(opt_func):
     "Weight decay that was bound to `opt_func` with `partial`"
@@ -101,7 +101,10 @@ def _build(self:L2Callback, learn):
     "Make the regulariser, unless the one at hand is of this very model"
     model = _bare(learn.model)
     new = self._regularizer(model)
-    if (old := self.regularizer) and len(old.arrays)==len(new.arrays) and all(a is b for a,b in zip(old.arrays, new.arrays)): return
+    if old := self.regularizer:
+        was,now = ([id(w) for w in r.arrays] for r in (old,new))
+        if was==now: return
+        if old.names!=new.names or not {*was}&{*now}: self._epochs = []  # those were of other arrays, or of another model
     if (theta := getattr(new, 'theta', None)) is not None:
         if (has := getattr(model, THETA, None)) is None: model.register_parameter(THETA, theta)
         elif has.shape!=theta.shape:
@@ -123,7 +126,14 @@ def _join(self:L2Callback):
 def before_fit(self:L2Callback):
     self._build(self.learn)
     self._join()
-    if self.opt is not None and (wd := max(h.get('wd') or 0 for h in self.opt.hypers)): _refuse_wd(wd)  # `validate` comes by without one
+    if self.opt is not None and (wd := max(h.get('wd') or 0 for h in self.opt.hypers)):  # `validate` comes by without an optimizer
+        self.opt.set_hypers(wd=0.)  # what `fit` was given is not to linger until the next
+        _refuse_wd(wd)
+
+@patch
+def after_fit(self:L2Callback):
+    "Leave θ without a gradient: then no optimizer moves it in a fit without the callback, whatever momentum it has"
+    if (theta := getattr(self.regularizer, 'theta', None)) is not None: theta.grad = None
 
 # %% ../../nbs/12_callback.regularizer.ipynb #670c963b
 @patch
