@@ -17,7 +17,7 @@ import safetensors.torch as st
 from fastcore.all import *
 from fastcore.script import *
 from fastcore.script import is_cli
-from safetensors import safe_open
+from safetensors import SafetensorError,safe_open
 
 from .callback.evaluation import *
 from .core import *
@@ -42,6 +42,7 @@ def _new_folder(out, default):
     "The folder to be, which must not exist"
     out = Path(ifnone(out, default))
     if out.exists(): raise ValueError(f'{out} exists already, and a run never overwrites another. Give another `--out`, or remove it; `--resume {out}` goes on with an interrupted run.')
+    check_writable(out)
     return out
 
 def _resumed(run, chosen):
@@ -79,7 +80,9 @@ def _embed(file, splits, df, flip, kept):
     "Embeddings of the images of `df`, from the file `kept` if it has them"
     of = dict(model=hashlib.sha256(file.read_bytes()).hexdigest(), images=hashlib.sha256('\n'.join(df.path).encode()).hexdigest(), n=str(len(df)), flip=str(flip))
     if kept and Path(kept).exists():
-        with safe_open(kept, 'pt') as f:
+        try: f = safe_open(kept, 'pt')
+        except SafetensorError as e: raise ValueError(f'{kept} holds no embeddings: {e}. Name another file.') from e
+        with f:
             if (other := f.metadata())!=of:
                 raise ValueError(f'{kept} holds embeddings of another {first(k for k in of if (other or {}).get(k)!=of[k])} than is asked for. Name another file for these.')
             return f.get_tensor('features')
@@ -102,6 +105,9 @@ def reid_eval(
         run = Path(run)
         file = run/'model.safetensors' if run.is_dir() else run
         read_meta(file)
+        check_metric(metric)
+        for o in (csv,features):
+            if o: check_writable(o)
         data = ifnone(data, _trained_on(file))
         splits = load_splits(data)
         print(splits)
@@ -145,6 +151,7 @@ def reid_compare(
         if table: return _paper_table(table, root, Path(ifnone(out, 'runs/paper-table')), seed, kwargs)
         cfg = run_config(data, seed=seed, **kwargs)
         out = Path(ifnone(out, Path('runs')/f'compare-{Path(data).stem.lower()}-{Path(cfg["arch"]).name}'))
+        check_writable(out/'summary.md')
         if cfg['data']!='synthetic': read_dataset(cfg['data'])
         check_backbone(cfg)
         comparison = Comparison(out, load_splits(cfg['data']), cfg, arms, seeds, factors, amplitudes, tune_pids)
@@ -171,6 +178,7 @@ def reid_synth(
 ): # `Path`
     "Render synthetic pedestrians, in the layout of Market-1501"
     with _user_errors('reid-synth'):
+        if path and not Path(path).exists(): check_writable(path)
         res = make_synthetic(path, tiny=tiny, seed=seed)
         print(read_dataset(res))
         print(f'Folder: {res}')

@@ -70,7 +70,8 @@ def run_config(
     cfg['size'] = _parse_size(cfg['size'])
     for k in ('epochs','steps','eval_every','lr'):
         if cfg[k] is not None and not cfg[k]>0: raise ValueError(f'{k}={cfg[k]}: it must be positive.')
-    if cfg['frozen_epochs']<0: raise ValueError(f'frozen_epochs={cfg["frozen_epochs"]}: it must be 0 or more.')
+    for k in ('frozen_epochs','seed'):
+        if cfg[k]<0: raise ValueError(f'{k}={cfg[k]}: it must be 0 or more.')
     if recipe!='paper' and cfg['frozen_epochs']: raise ValueError(f'frozen_epochs={cfg["frozen_epochs"]}: only the recipe of the paper has a frozen phase.')
     if not 0<=val_pids<1: raise ValueError(f'val_pids={val_pids}: a share of the identities, at least 0 and below 1.')
     if val_pids: cfg['eval_every'] = ifnone(eval_every, 1)
@@ -204,8 +205,9 @@ def _weights(cfg): return dict(imagenet=True, none=False).get(cfg['pretrained'],
 def check_backbone(
     cfg:dict # From `run_config`
 ):
-    "Refuse an unknown architecture or missing weights before any long work"
-    build_reid_net(cfg['arch'], 1, regions=0, pretrained=_weights(cfg))
+    "Refuse an unknown architecture, missing weights or more regions than the map has rows, before any long work"
+    net = build_reid_net(cfg['arch'], 1, regions=cfg['regions'], pretrained=_weights(cfg)).eval()
+    with torch.no_grad(): net(torch.zeros(1, 3, *cfg['size']))
 
 def _describe(cfg, splits):
     return dict(cfg, dataset=dict(name=splits.name, counts=splits.counts().to_dict('index'), notes=splits.notes), versions=_versions())
@@ -224,7 +226,8 @@ def read_config(
     "What was asked for in a run"
     file = Path(out)/'config.json'
     if not file.exists(): raise ValueError(f'{out} is no run folder: it has no config.json.')
-    cfg = json.loads(file.read_text())
+    try: cfg = json.loads(file.read_text())
+    except ValueError as e: raise ValueError(f'{file} is damaged: {e}. Restore it, or begin another run.') from e
     return {k:v for k,v in cfg.items() if k not in ('dataset','versions')}
 
 # %% ../nbs/19_runs.ipynb #60ba57c5

@@ -56,7 +56,8 @@ def test_other_regularisers(kw, data, tmp_path):
 @pytest.mark.parametrize('args,words', [
     (['/no/such/folder'], 'does not exist'), (['--arch', 'resnet5o'], "'resnet50"), (['--amplitude', '0'], 'amplitude: got 0.0'),
     (['--amplitude', 'nan'], 'amplitude: got nan'), (['--size', 'big'], 'such as 256x128'), (['--epochs', '0'], 'epochs=0'), (['--l2', 'lasso'], "'lasso'"),
-    (['--pretrained', '/no/such.safetensors'], 'there is no such file')])
+    (['--pretrained', '/no/such.safetensors'], 'there is no such file'), (['--seed', '-1'], 'seed=-1'),
+    (['--arch', 'resnet10t', '--pretrained', 'none', '--size', '64x32', '--regions', '9'], 'cut into 9 strips')])
 def test_bad_input_exits_with_2(args, words, tmp_path, shell):
     res = shell('reid-train', '--out', tmp_path/'run', *args)
     assert res.returncode==2 and words in res.err and 'Traceback' not in res.err, res.err
@@ -67,6 +68,20 @@ def test_existing_run_is_kept(run, shell):
     res = shell('reid-train', '--out', run)
     assert res.returncode==2 and 'exists already' in res.err
     assert before==sorted((o.name, o.stat().st_mtime_ns) for o in run.iterdir())
+
+@pytest.mark.parametrize('cmd,args', [('reid-train', ['--out', '{}/file/run']), ('reid-compare', ['--out', '{}/file/run']), ('reid-synth', ['{}/file/data']),
+    ('reid-eval', ['{run}', '--csv', '{}/file/q.csv']), ('reid-eval', ['{run}', '--csv', '{}']), ('reid-eval', ['{run}', '--features', '{}/file/f.safetensors']),
+    ('reid-eval', ['{run}', '--features', '{}/file']), ('reid-eval', ['{run}', '--metric', 'manhattan']), ('reid-train', ['--resume', '{}/damaged'])])
+def test_what_cannot_be_written_or_read_is_refused_first(cmd, args, run, data, tmp_path, shell, monkeypatch):
+    (tmp_path/'file').write_text('mine'); (tmp_path/'damaged').mkdir(); (tmp_path/'damaged'/'config.json').write_text('{"data": ')
+    monkeypatch.setattr('reid_fastai.cli.load_embedder', lambda file: pytest.fail('the embedding has begun'))
+    res = shell(cmd, *[a.format(tmp_path, run=run) for a in args])
+    assert res.returncode==2 and ': error: ' in res.err and 'Traceback' not in res.err, res.err
+    assert str(tmp_path) in res.err or 'manhattan' in res.err
+    assert {o.name for o in tmp_path.iterdir()}=={'file','damaged'} and (tmp_path/'file').read_text()=='mine'
+
+def test_folders_on_the_way_are_made(run, tmp_path, shell):
+    assert shell('reid-eval', run, '--csv', tmp_path/'new'/'q.csv').returncode==0 and (tmp_path/'new'/'q.csv').exists()
 
 def test_data_that_is_none(tmp_path, data, shell):
     (tmp_path/'photos').mkdir()

@@ -53,6 +53,12 @@ def test_accumulation_and_validate(dls):
     with learn.no_bar(): v = learn.validate()
     assert len(v)==3 and v[1]==learn.retrieval().mAP
 
+def test_validate_before_any_fit(dls):
+    "With the progress bar, which an earlier fit would have left behind"
+    learn = tiny_learner(dls, cbs=AdaptiveL2())
+    v = learn.validate()
+    assert len(v)==3 and v[1]==learn.retrieval().mAP==learn.retrieval_metrics.results.mAP
+
 def test_export_embeds_the_same(dls, tmp_path):
     learn = tiny_learner(dls, cbs=AdaptiveL2()); learn.path = tmp_path
     fit(learn)

@@ -304,6 +304,7 @@ def make_synthetic(
     n_jobs:int|None=None # Processes; None: one a core
 ) -> Path: # The folder, with `bounding_box_train`, `query` and `bounding_box_test`
     "Render a benchmark of people who do not exist, unless it is there already"
+    if seed<0: raise ValueError(f'seed={seed}: it must be 0 or more.')
     d = dict(_tiny if tiny else _full, seed=seed, version=_version)
     path = Path(ifnone(path, cache_home()/f'synthetic{"-tiny" if tiny else ""}-v{_version}-seed{seed}'))
     note = json.dumps(d)
