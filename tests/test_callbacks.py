@@ -261,6 +261,14 @@ def test_conventional_history():
     h = fit(learner(ConventionalL2(factor=1e-2)), 2).conventional_l2.history
     assert (h.lam.round(8)==1e-2).all() and h.theta.isna().all() and h.epoch.max()==2
 
+def test_lambdas_of_small_amplitudes_are_seen():
+    "One colour scale for factors that differ by orders of magnitude would hide the small ones"
+    amplitude = dict(kernel=5e-3, bias=1e-2, gamma=1e-5, beta=1e-1)
+    learn = fit(learner(AdaptiveL2(amplitude)), 2, 'fit', 1e-2)
+    ax = learn.plot_lambdas()
+    img = np.ma.filled(ax.images[0].get_array(), np.nan)
+    assert np.allclose(img[:,0][~np.isnan(img[:,0])], .5) and 'gamma' in ax.get_title()
+
 # ---- save, load, export
 
 def test_round_trip_without_a_warning():

@@ -49,17 +49,18 @@ def plot_lambda_hist(
     axs[0].legend(loc='lower left', frameon=False)
     fig = axs[0].figure
     fig.colorbar(im, ax=list(axs), label='share of arrays (%)', ticks=[1,10,25,50,100])
-    if a and not isinstance(amplitude, dict): fig.suptitle(f'Histogram of λ at each epoch (A = {a:g}, dotted: A/2, where λ starts)', fontsize='medium')
+    sep = ' ' if len(kinds)>1 else '\n'  # one panel is narrow
+    if a and not isinstance(amplitude, dict): fig.suptitle(f'Histogram of λ at each epoch{sep}(A = {a:g}, dotted: A/2, where λ starts)', fontsize='medium')
     return axs
 
 # %% ../../nbs/13_callback.history.ipynb #0bc727d8
 def plot_lambdas(
     history:pd.DataFrame, # As the callbacks keep it: columns `epoch`, `name`, `kind`, `lam`, arrays in the network's order
-    amplitude:float|dict|None=None, # A, to be stated
+    amplitude:float|dict|None=None, # A, to be stated; by a dict of A by kind each λ is shown as a share of its A
     ax=None # Axis to draw on; None makes one
 ) -> plt.Axes: # The axis
     "λ of each array as an image: epochs across, depth downwards, kinds in blocks"
-    kinds = _check_history(history)
+    kinds,by_kind = _check_history(history),isinstance(amplitude, dict)
     wide = history.pivot(index='name', columns='epoch', values='lam')
     ids = history[history.epoch==history.epoch.min()]
     blocks = {k: list(ids.name[ids.kind==k]) for k in kinds}
@@ -68,14 +69,14 @@ def plot_lambdas(
     img = np.full((starts[-1]+len(last(blocks.values())), wide.shape[1]), np.nan)
     if ax is None: ax = plt.subplots(figsize=(7, 1.6+.02*max(len(img), 120)), layout='constrained')[1]
     for (k,names),start in zip(blocks.items(), starts):
-        img[start:start+len(names)] = wide.loc[names]
+        img[start:start+len(names)] = wide.loc[names]/(_of_kind(amplitude, k) if by_kind else 1)
         ax.annotate(f'{k} ({len(names)})', (1.01, start+(len(names)-1)/2), xycoords=('axes fraction','data'), va='center')
     im = ax.imshow(img, aspect='auto', interpolation='nearest', vmin=0, cmap='viridis')
     ax.set_yticks(starts, [_shorten(b[0]) for b in blocks.values()], fontsize='small')
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set(xlabel='epoch', ylabel='array, from input to output', title='λ of each array' + (f' (A = {amplitude})' if amplitude else ''))
+    ax.set(xlabel='epoch', ylabel='array, from input to output', title='λ of each array' + (f' (A = {", ".join(f"{amplitude[k]:g} for {k}" for k in kinds) if by_kind else amplitude})' if amplitude else ''))
     ax.spines[:].set_visible(False)
-    ax.figure.colorbar(im, ax=ax, label='λ', pad=.12)
+    ax.figure.colorbar(im, ax=ax, label='λ / A' if by_kind else 'λ', pad=.12)
     return ax
 
 def _shorten(s, n=26): return s if len(s)<=n else '…'+s[-n+1:]
