@@ -186,7 +186,7 @@ class PidFolders(ReIDLayout):
 
 own_folders = PidFolders('Folders', {})
 
-# %% ../../nbs/04_data.datasets.ipynb #37a97557
+# %% ../../nbs/04_data.datasets.ipynb #fd4f3202
 def read_numbers(
     df:pd.DataFrame # Table of images
 ) -> pd.DataFrame: # A copy in which `pid` and `camid` that are whole numbers written as text are numbers, so that -1 is junk and 0 a distractor
@@ -196,6 +196,7 @@ def read_numbers(
         return s.astype('int64') if s.str.fullmatch(r'-?\d+').all() and s.nunique()==s.astype('int64').nunique() else o
     return df.assign(**{c: f(df[c]) for c in ('pid','camid') if c in df and df[c].map(type).eq(str).all()})
 
+# %% ../../nbs/04_data.datasets.ipynb #37a97557
 def read_csv(
     path:str|Path # File with columns `path`, `pid`, `split` ('train', 'query' or 'gallery') and, if known, `camid`
 ) -> ReIDSplits: # Paths relative to the folder of the file
