@@ -145,7 +145,7 @@ def check_writable(
     path:str|Path # File or folder to be made
 ):
     "Refuse a place where nothing can be written, before there is anything to write"
-    path = Path(path).expanduser().absolute()
+    path = Path(path).absolute()
     if path.is_dir(): raise ValueError(f'{path} is a folder, where a file is to be written. Name a file.')
     there = first(o for o in path.parents if o.exists())
     try:

@@ -227,7 +227,10 @@ def test_history_is_of_one_model(cb):
     fit(learn, 1, 'fit', 1e-2)
     assert list(cb.history.epoch.unique())==[0,1,2,3], 'a head like the last continues it'
     learn.model[1] = nn.Linear(8, 1, bias=False)
-    if hasattr(learn.model, THETA): del learn.model.l2_theta
+    if hasattr(learn.model, THETA):
+        with pytest.raises(ValueError, match='`del learn.model.l2_theta`'): fit(learn)
+        assert list(cb.history.epoch.unique())==[0,1,2,3], 'a refusal loses nothing'
+        del learn.model.l2_theta
     learn.create_opt()
     fit(learn, 1, 'fit', 1e-2)
     assert list(cb.history.epoch.unique())==[0,1] and list(cb.history.name.unique())==cb.regularizer.names

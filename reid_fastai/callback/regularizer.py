@@ -101,16 +101,15 @@ def _build(self:L2Callback, learn):
     "Make the regulariser, unless the one at hand is of this very model"
     model = _bare(learn.model)
     new = self._regularizer(model)
-    if old := self.regularizer:
-        was,now = ([id(w) for w in r.arrays] for r in (old,new))
-        if was==now: return
-        if old.names!=new.names or not {*was}&{*now}: self._epochs = []  # those were of other arrays, or of another model
+    old,ids = self.regularizer,lambda r: [id(w) for w in r.arrays]
+    if old and ids(old)==ids(new): return
     if (theta := getattr(new, 'theta', None)) is not None:
         if (has := getattr(model, THETA, None)) is None: model.register_parameter(THETA, theta)
         elif has.shape!=theta.shape:
             raise ValueError(f'The model carries a θ for {len(has)} parameter arrays, and {len(theta)} are to be regularised now. '
                              f'Use the same model and `exclude` as before, or start anew after `del learn.model.{THETA}`.')
         else: new.theta = has
+    if old and (old.names!=new.names or not {*ids(old)} & {*ids(new)}): self._epochs = []  # those were of other arrays, or of another model
     self.regularizer = new
 
 @patch
