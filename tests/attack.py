@@ -7,7 +7,9 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.update(OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MPLBACKEND='agg')  # one thread a command, as several commands run at once
+root = str(Path(__file__).resolve().parents[1])  # the library beside this file is attacked, whatever is installed
+sys.path.insert(0, root)
+os.environ.update(PYTHONPATH=root, OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MPLBACKEND='agg')  # one thread a command, as several run at once
 LIMIT = 60  # seconds after which a command hangs
 TINY = '--arch resnet10t --pretrained none --size 64x32 --n-pids 4 --epochs 3 --steps 2'.split()
 COMPARE = [*TINY, *'--epochs 1 --arms none adaptive --amplitudes 5e-3 --seeds 1'.split()]
