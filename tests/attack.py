@@ -2,7 +2,7 @@
 
 A command runs in a forked child of a process that imported everything and computed nothing, so an attack costs no import of torch. Each attack is
 seeded by `--seed`, its kind and its number, and can be repeated alone."""
-import argparse, atexit, csv, hashlib, io, json, os, pickle, random, re, runpy, shlex, shutil, signal, struct, subprocess, sys, tempfile, time, traceback
+import argparse, atexit, csv, hashlib, json, os, pickle, random, re, runpy, shlex, shutil, signal, struct, subprocess, sys, tempfile, time, traceback
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +10,9 @@ from types import SimpleNamespace
 root = str(Path(__file__).resolve().parents[1])  # the library beside this file is attacked, whatever is installed
 sys.path.insert(0, root)
 os.environ.update(PYTHONPATH=root, OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MPLBACKEND='agg')  # one thread a command, as several run at once
+from hostile import ANY_FIGURES, CUTS, DAMAGES, NO_FILE, PIXELS, SAME_OR_REFUSED, TWINS, flip, save, to_csv
+from PIL import Image
+
 LIMIT = 60  # seconds after which a command hangs
 TINY = '--arch resnet10t --pretrained none --size 64x32 --n-pids 4 --epochs 3 --steps 2'.split()
 COMPARE = [*TINY, *'--epochs 1 --arms none adaptive --amplitudes 5e-3 --seeds 1'.split()]
@@ -94,7 +97,7 @@ def one_line(res, names=()):
     if names and not any(str(o) in said[0] for o in names): raise Failed('message', f'none of {[str(o)[:60] for o in names]} is named: {said[0]!r}')
     return said[0]
 
-_of_time = re.compile('second|checksum|sha256|digest')  # what differs between two runs with the same figures
+_of_time = re.compile('second|sha256')  # keys of what differs between two runs with the same figures
 
 def figures(d):
     "File -> what has to be the same in every digit: all but durations, checksums and the pixels of pictures"
@@ -103,13 +106,13 @@ def figures(d):
         data = o.read_bytes()
         try:
             if o.suffix=='.json': return drop(json.loads(data))
-            if o.suffix=='.md': return [l for l in data.decode().splitlines() if not re.search(r'second|checksum|sha256|\d s\b', l)]
+            if o.suffix=='.md': return [l for l in data.decode().splitlines() if not re.search(r'second|sha256', l)]
             if o.suffix=='.csv':
                 head,*rows = csv.reader(l for l in data.decode().splitlines() if not l.startswith('#'))
                 return [[v for k,v in zip(head, row, strict=True) if not _of_time.search(k)] for row in [head, *rows]]
         except (ValueError, csv.Error): pass  # damaged: as it is
         return hashlib.sha256(data).hexdigest()
-    def drop(o): return {k: drop(v) for k,v in o.items() if not _of_time.search(k)} if isinstance(o, dict) else o
+    def drop(o): return {k: drop(v) for k,v in o.items() if not _of_time.search(k) and not re.fullmatch('[0-9a-f]{64}', str(v))} if isinstance(o, dict) else o
     return {str(o.relative_to(d)): f(o) for o in sorted(d.rglob('*'))} if d.is_dir() else {}
 
 def same(found, wanted, but=()):
@@ -117,6 +120,8 @@ def same(found, wanted, but=()):
     for k in sorted({*found, *wanted}-set(but)):
         if k not in found or k not in wanted: raise Failed('wrong', f'{k} is {"missing" if k in wanted else "left behind"}')
         if found[k]!=wanted[k]: raise Failed('wrong', f'{k} differs: {str(found[k])[:150]} for {str(wanted[k])[:150]}')
+
+def shown(res): return re.search(r'^mAP +\d', res.out, re.M)
 
 def tree(d):
     "All below `d`, with the content of files"
@@ -177,10 +182,10 @@ class World:
             if cut in need: self.cut(name, cut)
 
     def cut(self, name, cut):
-        "An interrupted run of two epochs, and a comparison with one run behind it"
-        ends,d = [i for i,o in enumerate(self.ref[name].events, 1) if o==('os.rename checkpoint.pth' if name=='train' else 'os.rename results.csv')],self.dir/'other'/cut
+        "What is killed after the second checkpoint: a run with an epoch to go, a comparison in its second run"
+        saved,d = [i for i,o in enumerate(self.ref[name].events, 1) if o=='os.rename checkpoint.pth'],self.dir/'other'/cut
         made = d/self.argv(name, d)[3].name
-        self.go(name, d, events=made, nth=ends[1 if name=='train' else 0]+3, own=signal.SIGKILL)
+        self.go(name, d, events=made, nth=saved[1]+1, own=signal.SIGKILL)
         made.rename(self.dir/cut)
     def plain(self, text, d): return re.sub(r'\S*\r', '', text).replace(str(d), '@').replace(str(self.dir), '@')
 
@@ -212,6 +217,9 @@ class Attack:
 # ---- kills
 
 SIGNALS = signal.SIGKILL,signal.SIGTERM,signal.SIGINT
+
+PHASES = ['reading data','epoch 1','a later epoch','last epoch, evaluation','writing a checkpoint','after training','first run','second run','tables and pictures','pictures and summary',
+    'before it writes','writing','all written']
 
 def phase(name, out):
     "How far a killed command had come, by what it left behind"
@@ -266,28 +274,9 @@ def two_starts(a):
 
 # ---- damaged files
 
-def _flip(n):
-    def f(p, rng):
-        data = bytearray(p.read_bytes())
-        for i in rng.sample(range(len(data)), min(n, len(data))): data[i] ^= rng.randrange(1, 256)
-        p.write_bytes(data)
-    return f
-def _bytes(f): return lambda p, rng: p.write_bytes(f(p.read_bytes(), rng))
-def _instead(f): return lambda p, rng: (p.unlink(), f(p))
-def _png(size=(8,8), mode='RGB'):
-    from PIL import Image
-    Image.new(mode, size).save(b := io.BytesIO(), 'PNG')
-    return b.getvalue()
-unread = dict(folder=_instead(Path.mkdir), FIFO=_instead(os.mkfifo), loop=_instead(lambda p: p.symlink_to(p.name)))
-cuts = dict(cut=_bytes(lambda o, r: o[:r.randrange(len(o))]), short=_bytes(lambda o, r: o[:-1]), empty=_bytes(lambda o, r: b''), text=_bytes(lambda o, r: b'my notes\n'*r.randint(1, 99)),
-    zeros=_bytes(lambda o, r: o[:3*len(o)//4]+bytes(len(o)-3*len(o)//4)), noise=_bytes(lambda o, r: r.randbytes(r.randint(1, 4000))))
-damages = {'a byte': _flip(1), 'a byte again': _flip(1), '2 bytes': _flip(2), '50 bytes': _flip(50), 'a bit': _bytes(lambda o, r: (lambda i: o[:i]+bytes([o[i]^1<<r.randrange(8)])+o[i+1:])(r.randrange(len(o)))),
-    'twice': _bytes(lambda o, r: o+o), 'PNG': _bytes(lambda o, r: _png()), 'JSON': _bytes(lambda o, r: r.choice([b'[]', b'{}', b'null', b'{"a": NaN}', b'['*5000])), 'pickle': _bytes(lambda o, r: pickle.dumps({})),
-    'table': _bytes(lambda o, r: b'a,b\n1,2\n'), **cuts, **unread, 'removed': _instead(lambda p: None)}
-
 def targets(w, kind):
     "Folder, file and the command that meets it"
-    names = lambda d: sorted(str(o.relative_to(w.dir/d)) for o in (w.dir/d).rglob('*') if o.is_file())
+    names = lambda d: sorted(str(o.relative_to(w.dir/d)) for o in (w.dir/d).rglob('[!.]*') if o.is_file())
     if kind=='files of a comparison': return [(d, f, 'compare') for d in ('comp','ccut') for f in names(d)]
     return [*((('cut', f, 'resume cut') for f in 2*names('cut'))), *(('run', f, c) for f in names('run') for c in ('resume','just eval')), *3*[('run', 'model.safetensors', 'just eval')],
             *2*[('run', 'model.safetensors', 'pretrained')], *2*[('f.safetensors', '', 'features')]]
@@ -297,7 +286,7 @@ def damage(a, how=None):
     ts = targets(a.w, 'files of a comparison' if a.kind=='files of a comparison' else 'files of a run')
     d,f,name = a.rng.choice(ts) if how else ts[a.i%len(ts)]
     a.copy(d, *({'run'}-{d} if name=='features' else ()))
-    what,how = ('pickle',how) if how else a.rng.choice(list(damages.items()))
+    what,how = ('pickle',how) if how else a.rng.choice(list(DAMAGES.items()))
     how(p := a.dir/d/f, a.rng)
     bad = p.read_bytes() if p.is_file() else None
     argv = a.w.argv(name, a.dir)
@@ -335,93 +324,43 @@ def pickles(a):
 
 # ---- images and tables
 
-def _save(fmt, f=lambda im: im, **kw): return lambda im: (f(im).save(b := io.BytesIO(), fmt, **kw), b.getvalue())[1]
-def _float(im):
-    import numpy as np; from PIL import Image
-    return Image.fromarray(np.asarray(im.convert('L'), 'float32')/255)
-def _deep(im):
-    import numpy as np; from PIL import Image
-    return Image.fromarray(np.asarray(im.convert('L'), 'uint16')*257)
-_to = lambda mode: lambda im: im.convert(mode)
-# Kind of image -> bytes of it, and bytes of a plain one with the same pixels
-TWINS = {'16-bit': (_save('PNG', _deep), _to('L')), '16-bit TIFF': (_save('TIFF', _deep), _to('L')), 'float TIFF': (_save('TIFF', _float), _to('L')), 'grey': (_save('PNG', _to('L')), _to('L')),
-    'palette': (_save('PNG', _to('P')), lambda im: im.convert('P').convert('RGB')), 'opaque RGBA': (_save('PNG', _to('RGBA')), _to('RGB')), 'black and white': (_save('PNG', _to('1')), _to('1')),
-    'CMYK': (_save('TIFF', _to('CMYK')), lambda im: im.convert('CMYK').convert('RGB')), 'WebP': (_save('WEBP', lossless=True), _to('RGB')), 'BMP': (_save('BMP'), _to('RGB')),
-    'moving GIF': (lambda im: _save('GIF', _to('P'), save_all=True, append_images=[im.convert('P').rotate(180)])(im), lambda im: im.convert('P').convert('RGB'))}
-def _bomb(n=60000): return _png()[:16]+struct.pack('>II', n, n)+_png()[24:]
-PIXELS = {'CMYK JPEG': _save('JPEG', _to('CMYK')), '1×1': _save('PNG', lambda im: im.resize((1,1))), '20000×1': _save('PNG', lambda im: im.resize((20000,1))), '1×20000': _save('PNG', lambda im: im.resize((1,20000))),
-    'see-through': _save('PNG', lambda im: (im.putalpha(9), im)[1]), 'a bomb': lambda im: _bomb(), 'not quite a bomb': lambda im: _bomb(12000)}
-
 def images(a):
     """An image of the dataset is damaged or odd: the same figures or a refusal; those of a plain image with the same pixels if the format is odd.
     Flipped bytes that still decode are other pixels, and those are the user's data: any figures."""
-    from PIL import Image
     a.copy('run', 'data')
     p = a.rng.choice(sorted((a.dir/'data').rglob('*.jpg')))
-    what = a.rng.choice([*TWINS, *PIXELS, *cuts, *unread, *4*['bytes']])
+    what = a.rng.choice([*TWINS, *PIXELS, *CUTS, *NO_FILE, *4*['bytes']])
     argv,right = a.w.argv('images', a.dir),a.like('images')
     if what in (*TWINS, *PIXELS): im = Image.open(p).convert('RGB')
     try:
         if what in TWINS:
             odd,twin = TWINS[what]
-            p.write_bytes(_save('PNG', lambda im: twin(im).convert('RGB'))(im))
+            p.write_bytes(save(twin(im).convert('RGB')))
             plain = a.run(argv)
             p.write_bytes(odd(im))
             def right(res):
                 if res.out!=plain.out: raise Failed('wrong', 'other figures than those of a plain image with the same pixels')
         elif what in PIXELS or what=='bytes':
-            (_flip(a.rng.choice([1, 3, 30])) if what=='bytes' else lambda p, rng: p.write_bytes(PIXELS[what](im)))(p, a.rng)
+            flip(a.rng.choice([1, 3, 30]))(p, a.rng) if what=='bytes' else p.write_bytes(PIXELS[what](im))
             def right(res):
-                if 'nan' in res.out or 'mAP' not in res.out or 'a bomb'==what: raise Failed('wrong', f'accepted: {res.out[-200:]!r}')
+                if not shown(res) or 'header' in what: raise Failed('wrong', f'accepted: {res.out[-200:]!r}')
         else:
-            {**cuts, **unread}[what](p, a.rng)
+            {**CUTS, **NO_FILE}[what](p, a.rng)
             if a.rng.random()<.3: argv,right = ['reid-train', a.dir/'data', '--out', a.dir/'new', *TINY],lambda res: same(figures(a.dir/'new'), a.w.ref['train'].figures)
         a.judge(argv, [p.name], right)
     except Failed as e: raise Failed(e.what, f'{what}: {e.why}') from e
-
-HEAD = ['path','pid','camid','split']
-def to_csv(rows, sep=',', end='\n', head=HEAD, quote=''): return end.join(sep.join(quote+o+quote for o in row) for row in [head, *rows])+end
-
-def _cell(c, v):
-    "Another value in one row"
-    def f(rows, rng):
-        row = rng.choice(rows)
-        row[c] = v(row[c]) if callable(v) else v
-        return to_csv(rows)
-    return f
-def _column(c, v): return lambda rows, rng: to_csv([[*row[:c], v(row[c]), *row[c+1:]] for row in rows])
-def _without(c): return lambda rows, rng: to_csv([row[:c]+row[c+1:] for row in rows], head=HEAD[:c]+HEAD[c+1:])
-same_or_refused = {
-    'UTF-8 with mark': lambda rows, rng: '\ufeff'+to_csv(rows), 'UTF-16': lambda rows, rng: to_csv(rows).encode('utf-16'), 'UTF-32': lambda rows, rng: to_csv(rows).encode('utf-32'),
-    'semicolons': lambda rows, rng: to_csv(rows, ';'), 'tabs': lambda rows, rng: to_csv(rows, '\t'), 'bars': lambda rows, rng: to_csv(rows, '|'), 'spaces': lambda rows, rng: to_csv(rows, ', '),
-    'CRLF': lambda rows, rng: to_csv(rows, end='\r\n'), 'CR': lambda rows, rng: to_csv(rows, end='\r'), 'blank lines': lambda rows, rng: to_csv(rows, end='\n\n'), 'quotes': lambda rows, rng: to_csv(rows, quote='"'),
-    'open quote': lambda rows, rng: to_csv(rows).replace('query', '"query', 1), 'capitals': lambda rows, rng: to_csv(rows, head=[o.title() for o in HEAD]), 'SHOUTING': lambda rows, rng: to_csv(rows, head=[o.upper() for o in HEAD]),
-    'an extra column': lambda rows, rng: to_csv([[*row, 'x'] for row in rows], head=[*HEAD,'note']), 'a column twice': lambda rows, rng: to_csv([[*row, '7'] for row in rows], head=[*HEAD,'pid']),
-    'a ragged row': lambda rows, rng: to_csv([*rows, ['x']*7]), 'a short row': lambda rows, rng: to_csv([*rows, ['x']]), 'no header': lambda rows, rng: to_csv(rows[1:], head=rows[0]), 'header alone': lambda rows, rng: to_csv([]),
-    'float pids': _column(1, lambda o: f'{o}.0'), 'float camids': _column(2, lambda o: f'{o}.0'), 'exponents': _column(1, lambda o: f'{int(o):e}'), 'padded pids': _column(1, lambda o: o if o=='-1' else o.zfill(6)),
-    'pids in spaces': _column(1, lambda o: f' {o} '), 'pids with plus': _column(1, lambda o: o if o[0]=='-' else f'+{o}'), 'other digits': _column(1, lambda o: o.translate({48+i: 0x660+i for i in range(10)})),
-    '26-digit pids': _column(1, lambda o: o if o in '-1 0' else o+'0'*25), 'absolute paths': lambda rows, rng: to_csv([[f'{{dir}}/{row[0]}', *row[1:]] for row in rows]), 'dotted paths': _column(0, lambda o: f'./{o}'),
-    'backslashes': _column(0, lambda o: o.replace('/', '\\')), 'capital splits': _column(3, str.upper), 'a row twice': lambda rows, rng: to_csv([*rows, rng.choice(rows)]), 'a NUL': _cell(0, lambda o: o+'\0'), 'NULs': lambda rows, rng: '\0'.join(to_csv(rows)),
-    'an image in two spellings': lambda rows, rng: to_csv([*rows, (lambda o: ['./'+o[0], *o[1:]])(rng.choice(rows))]), 'leakage': lambda rows, rng: to_csv([*rows, (lambda o: [o[0].replace('/', '/./', 1), *o[1:3], 'train'])(rng.choice(rows[-30:]))]),
-    'no path column': _without(0), 'no pid column': _without(1), 'no split column': _without(3), 'no queries': lambda rows, rng: to_csv([o for o in rows if o[3]!='query']), 'no gallery': lambda rows, rng: to_csv([o for o in rows if o[3]!='gallery']),
-    'no matches': lambda rows, rng: to_csv([o for o in rows if o[3]!='gallery' or o[1] in '-1 0']), 'one camera': _column(2, lambda o: '1'), 'a lost image': _cell(0, 'data/none.jpg'), 'a folder': _cell(0, 'data'), 'a long path': _cell(0, 'a/'*2500),
-    'an empty path': _cell(0, ''), 'an empty pid': _cell(1, ''), 'pid NaN': _cell(1, 'nan'), 'pid inf': _cell(1, 'inf'), 'a 26-digit pid': _cell(1, '1'*26), 'pid None': _cell(1, 'None'), 'an empty camid': _cell(2, ''), 'camid -7': _cell(2, '-7'),
-    'camid text': _cell(2, 'door'), 'camid 2.5': _cell(2, '2.5'), '20-digit camid': _cell(2, '9'*20), 'split test': _cell(3, 'test'), 'an empty split': _cell(3, ''), 'a long cell': _cell(3, 'x'*200_000), 'a formula': _cell(1, '=1+1')}
-# Other data than the undamaged table, and the user's to decide: any figures
-anything = {'flipped bytes': lambda rows, rng: bytes(b^rng.randrange(1, 256) if rng.random()<.0005 else b for b in to_csv(rows).encode()), 'cut': lambda rows, rng: (lambda o: o[:rng.randrange(len(o))])(to_csv(rows)),
-    'no camid column': _without(2), 'shuffled': lambda rows, rng: to_csv(rng.sample(rows, len(rows))), 'Latin-1': lambda rows, rng: to_csv([[o[0], 'é'+o[1], *o[2:]] for o in rows]).encode('latin-1'), 'noise': lambda rows, rng: rng.randbytes(3000)}
 
 def tables(a):
     "A hostile CSV: the figures of the plain one or a refusal; -1 and 0 that become names have to be mentioned"
     a.copy('run')
     (a.dir/'data').symlink_to(a.w.data)
-    kinds = {**same_or_refused, **anything}
+    kinds = {**SAME_OR_REFUSED, **ANY_FIGURES}
     what = [*kinds][a.i%len(kinds)] if a.i<len(kinds) else a.rng.choice([*kinds, *8*['flipped bytes'], *4*['cut']])
     text = kinds[what]([list(o) for o in a.w.rows], a.rng)
     (a.dir/'table.csv').write_bytes(text if isinstance(text, bytes) else text.replace('{dir}', str(a.w.dir)).encode())
     def right(res):
-        if what not in anything and not re.search(r'(-1|\b0\b).*\bname', res.out+res.err): a.like('table')(res)
-        elif 'nan' in res.out or 'mAP' not in res.out: raise Failed('wrong', f'accepted: {res.out[-200:]!r}')
+        if what not in ANY_FIGURES and not re.search(r'(-1|\b0\b).*\bname', res.out+res.err): a.like('table')(res)
+        elif not shown(res): raise Failed('wrong', f'accepted: {res.out[-200:]!r}')
     try: a.judge(a.w.argv('table', a.dir), ['table.csv','table',a.dir], right)
     except Failed as e: raise Failed(e.what, f'{what}: {e.why}') from e
 
@@ -449,7 +388,7 @@ def options(a):
     made = a.dir/(v if opt in ('--out','path') else 'new')
     def right(res):
         if v in BAD and not (opt in NAMES and v) and (opt,prog)!=('--root','reid-compare'): raise Failed('wrong', 'accepted')
-        if prog=='reid-eval' and 'mAP' not in res.out or 'nan' in res.out.split(): raise Failed('wrong', f'no figures: {res.out[-100:]!r}')
+        if prog=='reid-eval' and not shown(res): raise Failed('wrong', f'no figures: {res.out[-100:]!r}')
         if prog in ('reid-train','reid-compare') and not (made/'summary.md').exists(): raise Failed('wrong', 'there is no summary.md')
         if prog=='reid-train' and 'NaN' in (made/'results.json').read_text(): raise Failed('wrong', 'NaN in results.json')
     said = {opt.lstrip('-'), opt.lstrip('-').replace('-', '_'), v[:40].strip() or 'argument'}
@@ -546,7 +485,7 @@ def table(found):
     "What was tried and what became of it, as text"
     cols = dict(survived='survived', hang='hangs', traceback='tracebacks', wrong='wrong results', message='unclear errors')
     rows = Counter((o['row'], o['what']) for o in found)
-    keys = sorted({k for k,_ in rows}, key=lambda k: [k.startswith(o) for o in KINDS].index(True))
+    keys = sorted({k for k,_ in rows}, key=lambda k: [f(o) for f,o in zip((list(KINDS).index, PHASES.index), k.split(': '))])
     count = lambda k, w: sum(n for (r,v),n in rows.items() if (k is None or r==k) and (w is None or v==w))
     lines = [['kind of attack','tried',*cols.values()], *([k or 'all', count(k, None), *(count(k, w) for w in cols)] for k in [*keys, None])]
     return '\n'.join(f'{str(l[0]):<48}'+''.join(f'{o:>15}' for o in l[1:]) for l in lines)
@@ -560,8 +499,8 @@ def main():
     p.add_argument('--keep', help='New folder for the work, in which the folders of failed attacks are kept')
     a = p.parse_args()
     kinds = {k: KINDS[k] for k in (a.only.split(',') if a.only else KINDS)}
-    import reid_fastai.cli, matplotlib.backends.backend_agg, PIL.Image  # noqa: F401; once for all children
-    PIL.Image.init()
+    import reid_fastai.cli, matplotlib.backends.backend_agg  # noqa: F401; once for all children
+    Image.init()
     home = Path(a.keep or tempfile.mkdtemp(prefix='attack-')).resolve()
     os.environ['REID_FASTAI_HOME'] = str(home/'cache')
     skipped = 'disk full' in kinds and not can_mount()
