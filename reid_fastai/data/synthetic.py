@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image,ImageFilter
 from fastcore.all import *
 
-from ..core import DISTRACTOR_PID,JUNK_PID,atomic_dir,cache_home,progress
+from ..core import DISTRACTOR_PID,JUNK_PID,progress
+from ..files import atomic_dir,cache_home
 
 # %% ../../nbs/05_data.synthetic.ipynb #80b1960f
 _cloth = np.array([(25,25,30),(60,60,66),(120,122,125),(225,225,222),(28,38,80),(60,100,170),(150,30,35),(190,150,90),(60,85,50),(225,190,60),(120,70,110),(90,60,40)])/255

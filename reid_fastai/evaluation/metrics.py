@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import safetensors.torch,torch
+import torch
 from fastcore.all import *
-from safetensors import SafetensorError,safe_open
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..core import DISTRACTOR_PID,JUNK_PID,atomic_write,progress
+from ..core import DISTRACTOR_PID,JUNK_PID,progress
+from ..files import load_tensors,save_tensors
 from .distances import Distances,TopK,as_feats,topk_keys
 
 # %% ../../nbs/10_evaluation.metrics.ipynb #746ffed8
@@ -341,16 +341,14 @@ def save(self:RetrievalResults,
     labels = {o: getattr(self, o) for o in _label_names}
     tensors = {**tensors, 'ranks': torch.as_tensor(self.ranks), **{k: torch.as_tensor(v) for k,v in labels.items() if v.dtype.kind!='U'}}
     meta = dict(meta, dists=type(self.dists).__name__, labels={k: v.tolist() for k,v in labels.items() if v.dtype.kind=='U'})
-    atomic_write(path, safetensors.torch.save({k: v.cpu().contiguous() for k,v in tensors.items()}, dict(format=_format, meta=json.dumps(meta))))
+    save_tensors(path, tensors, dict(format=_format, meta=json.dumps(meta)))
 
 @patch(cls_method=True)
 def load(cls:RetrievalResults,
     path:str|Path # File that `save` has written
 ) -> RetrievalResults: # As it was saved, on the CPU
     "Read from `path`"
-    try:
-        with safe_open(path, 'pt') as f: meta,tensors = f.metadata() or {},{k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e: raise ValueError(f'{path} is damaged, or no safetensors file: {e}') from e
+    tensors,meta = load_tensors(path)
     if meta.get('format')!=_format:
         raise ValueError(f"{path} holds {meta.get('format')!r}, not {_format!r}: it was not written by `RetrievalResults.save`.")
     meta = json.loads(meta['meta'])
