@@ -10,5 +10,6 @@ from .schedules import *
 from .learner import *
 from .interpret import *
 from .export import *
+from .config import *
 from .runs import *
 from .experiments import *
