@@ -6,7 +6,6 @@
 __all__ = ['save_model', 'read_meta', 'load_model', 'Embedder', 'load_embedder']
 
 # %% ../nbs/18_export.ipynb #1acd7e6d
-import json
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from .files import load_tensors,save_tensors
 from .models import ReIDNet,build_reid_net
 
 # %% ../nbs/18_export.ipynb #17a693f0
-_key,_format = 'reid_fastai',2  # since format 2 a file has a checksum
+_format = 2  # since format 2 a file has a checksum
 
 def _unwrap(model):
     "`ReIDNet` within `DistributedDataParallel` and `torch.compile`"
@@ -41,15 +40,14 @@ def save_model(
     arrays = {k: v for k,v in net.state_dict().items() if k.split('.')[0] in own}
     h,w = map(int, size)
     meta = dict(notes, format=_format, version=__version__, arch=net.arch, n_classes=net.n_classes, regions=net.regions, size=[h,w])
-    save_tensors(path, arrays, {_key: json.dumps(meta)})
+    save_tensors(path, arrays, meta)
     return Path(path)
 
 # %% ../nbs/18_export.ipynb #657cbfdc
 def _read(path):
     "Arrays of a file of `save_model`, and what it says about its network"
     arrays,meta = load_tensors(path)
-    if set(meta)!={_key}: raise ValueError(f'{path} is not a file of `save_model`: its metadata are {sorted(meta)}, where {[_key]} is needed.')
-    meta = json.loads(meta[_key])
+    if 'arch' not in meta: raise ValueError(f'{path} is not a file of `save_model`: it does not say which network its {len(arrays)} arrays belong to.')
     if meta['format']>_format:
         raise ValueError(f'{path} is of format {meta["format"]}, by reid_fastai {meta["version"]}; version {__version__} reads up to {_format}.')
     return arrays,{**meta, 'size': tuple(meta['size'])}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cache_home', 'WriteError', 'atomic_dir', 'atomic_write', 'check_writable', 'check_outputs', 'checksum', 'read_bytes',
-           'write_json', 'read_json', 'save_tensors', 'load_tensors', 'seal', 'unseal', 'hold_folder']
+           'write_json', 'read_json', 'save_tensors', 'load_tensors', 'seal', 'unseal', 'check_folder', 'hold_folder']
 
 # %% ../nbs/00a_files.ipynb #32d10652
 import errno,hashlib,json,os,platform,shutil,sys,tempfile,time
@@ -159,23 +159,25 @@ def _digest(tensors, meta):
         h.update(t.reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
+_key = 'reid_fastai'  # one entry, as safetensors writes several in random order
+
 def save_tensors(
     path:str|Path, # File to write or replace
     tensors:dict, # Name → tensor
-    meta:dict # Name → text
+    meta:dict # What JSON can hold
 ):
-    "Write tensors and texts with their checksum, as a safetensors file"
-    tensors = {k: v.detach().cpu().contiguous() for k,v in tensors.items()}
-    atomic_write(path, save(tensors, {**meta, 'sha256': _digest(tensors, meta)}))
+    "Write tensors and what is to be known of them with their checksum, as a safetensors file"
+    tensors,meta = {k: v.detach().cpu().contiguous() for k,v in tensors.items()},json.loads(json.dumps(meta))
+    atomic_write(path, save(tensors, {_key: json.dumps({**meta, 'sha256': _digest(tensors, meta)})}))
 
 # %% ../nbs/00a_files.ipynb #2ef89226
 def load_tensors(
     path:str|Path # Safetensors file, of `save_tensors` or of others
-) -> tuple: # Dict of tensors, dict of texts
-    "Read tensors and texts, and verify their checksum if they have one"
-    read_bytes(path) if not Path(path).is_file() else None  # says what is wrong in our words
+) -> tuple: # Dict of tensors, and what `save_tensors` was given beside them; an empty dict in a file of others
+    "Read tensors, and verify their checksum if they have one"
+    if not os.path.isfile(path): read_bytes(path)  # says what is amiss
     try:
-        with safe_open(path, 'pt') as f: meta,tensors = f.metadata() or {},{k: f.get_tensor(k) for k in f.keys()}
+        with safe_open(path, 'pt') as f: meta,tensors = json.loads((f.metadata() or {}).get(_key, '{}')),{k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as e: raise ValueError(f'{path} is damaged, or no safetensors file: {e}.') from e
     if (found := meta.pop('sha256', None)) is not None and found!=_digest(tensors, meta): raise _damaged(path, 'its content does not match its checksum')
     return tensors,meta
@@ -194,6 +196,22 @@ def unseal(
     data = read_bytes(path)
     if hashlib.sha256(data[:-32]).digest()!=data[-32:]: raise _damaged(path, 'its content does not match its checksum')
     return data[:-32]
+
+# %% ../nbs/00a_files.ipynb #b24eb173
+_kinds = {'config.json': 'a training run', 'comparison.json': 'a comparison', 'evaluation.json': 'an evaluation', 'paper.json': "runs of the paper's table"}
+
+def check_folder(
+    path:str|Path, # Folder to write to, which may exist
+    marker:str # File that marks its kind
+):
+    "Refuse a folder that holds something else, or where nothing can be written"
+    check_writable(path, folder=True)
+    if not os.path.exists(path): return
+    if not os.path.isdir(path): raise ValueError(f'{path} is a file, where a folder for {_kinds[marker]} is needed. Name another place.')
+    found = set(os.listdir(path))-{'.lock','.held_by.json'}
+    if found and marker not in found:
+        what = first(v for k,v in _kinds.items() if k in found) or f'other files, such as {min(found)}'
+        raise ValueError(f'{path} holds {what}, and is to hold {_kinds[marker]}. Name another folder.')
 
 # %% ../nbs/00a_files.ipynb #ee5a80b4
 @contextmanager

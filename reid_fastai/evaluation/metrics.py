@@ -6,7 +6,7 @@
 __all__ = ['count_ranks', 'RetrievalResults']
 
 # %% ../../nbs/10_evaluation.metrics.ipynb #c02f2009
-import json,warnings
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -321,7 +321,7 @@ def is_match(self:RetrievalResults,
     return bool(self.g_pids[g]==self.q_pids[q] and self.g_pids[g] not in (JUNK_PID, DISTRACTOR_PID))
 
 # %% ../../nbs/10_evaluation.metrics.ipynb #e267ebc3
-_format,_readers = 'reid_fastai.retrieval.1',{} # readers of distances by class name
+_format,_readers = 'reid_fastai.retrieval.2',{} # readers of distances by class name
 _readers['Distances'] = lambda tensors,meta: Distances(tensors['q'], tensors['g'], meta['metric'], meta['chunk_size'])
 
 @patch
@@ -341,7 +341,7 @@ def save(self:RetrievalResults,
     labels = {o: getattr(self, o) for o in _label_names}
     tensors = {**tensors, 'ranks': torch.as_tensor(self.ranks), **{k: torch.as_tensor(v) for k,v in labels.items() if v.dtype.kind!='U'}}
     meta = dict(meta, dists=type(self.dists).__name__, labels={k: v.tolist() for k,v in labels.items() if v.dtype.kind=='U'})
-    save_tensors(path, tensors, dict(format=_format, meta=json.dumps(meta)))
+    save_tensors(path, tensors, dict(meta, format=_format))
 
 @patch(cls_method=True)
 def load(cls:RetrievalResults,
@@ -349,8 +349,6 @@ def load(cls:RetrievalResults,
 ) -> RetrievalResults: # As it was saved, on the CPU
     "Read from `path`"
     tensors,meta = load_tensors(path)
-    if meta.get('format')!=_format:
-        raise ValueError(f"{path} holds {meta.get('format')!r}, not {_format!r}: it was not written by `RetrievalResults.save`.")
-    meta = json.loads(meta['meta'])
+    if meta.get('format')!=_format: raise ValueError(f"{path} holds {meta.get('format')!r}, not {_format!r}: it was not written by `RetrievalResults.save`.")
     labels = [np.array(meta['labels'][o]) if o in meta['labels'] else tensors[o].numpy() for o in _label_names]
     return cls(_readers[meta['dists']](tensors, meta), *labels, ranks=tensors['ranks'].numpy())
