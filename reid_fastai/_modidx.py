@@ -630,6 +630,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'reid_fastai.files.check_writable': ('files.html#check_writable', 'reid_fastai/files.py'),
                                    'reid_fastai.files.checksum': ('files.html#checksum', 'reid_fastai/files.py'),
                                    'reid_fastai.files.hold_folder': ('files.html#hold_folder', 'reid_fastai/files.py'),
+                                   'reid_fastai.files.load_plain': ('files.html#load_plain', 'reid_fastai/files.py'),
                                    'reid_fastai.files.load_tensors': ('files.html#load_tensors', 'reid_fastai/files.py'),
                                    'reid_fastai.files.read_bytes': ('files.html#read_bytes', 'reid_fastai/files.py'),
                                    'reid_fastai.files.read_json': ('files.html#read_json', 'reid_fastai/files.py'),

@@ -97,8 +97,8 @@ def progress(
     desc:str='', # What is being done
     total:int|None=None, # Number of items, where `it` does not know
 ) -> tqdm: # Yields the items of `it`
-    "Iterate with a progress bar that appears after 1.5 seconds and clears itself at the end"
-    return tqdm(it, desc=desc, total=total, delay=1.5, leave=False, dynamic_ncols=True)
+    "Iterate with a progress bar that appears after 1.5 seconds and clears itself at the end; without one where stderr is a file or a pipe"
+    return tqdm(it, desc=desc, total=total, delay=1.5, leave=False, dynamic_ncols=True, disable=False if in_notebook() else None)
 
 # %% ../nbs/00_core.ipynb #d70ff566
 def free_memory(

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['cache_home', 'WriteError', 'atomic_dir', 'atomic_write', 'check_writable', 'check_outputs', 'checksum', 'read_bytes',
-           'write_json', 'read_json', 'save_tensors', 'load_tensors', 'seal', 'unseal', 'check_folder', 'hold_folder']
+           'write_json', 'read_json', 'save_tensors', 'load_tensors', 'seal', 'unseal', 'load_plain', 'check_folder',
+           'hold_folder']
 
 # %% ../nbs/00a_files.ipynb #32d10652
-import errno,hashlib,json,os,platform,shutil,sys,tempfile,time
+import errno,hashlib,io,json,os,platform,shutil,tempfile,time,warnings
 from contextlib import contextmanager,suppress
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def _writing(path, n=0):
     "Turn the system's refusals to write `path`, of `n` bytes, into one sentence"
     try: yield
     except OSError as e:
-        why = e.strerror or str(e)
+        why = 'it exists already' if e.errno in (errno.ENOTEMPTY, errno.EEXIST) else e.strerror or str(e)
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(first(o for o in Path(path).absolute().parents if o.exists())).free
             why += f'; {_size(n)} are needed, {_size(free)} are free'
@@ -196,6 +197,17 @@ def unseal(
     data = read_bytes(path)
     if hashlib.sha256(data[:-32]).digest()!=data[-32:]: raise _damaged(path, 'its content does not match its checksum')
     return data[:-32]
+
+def load_plain(
+    data:bytes, # Content of a file of `torch.save`
+    path:str|Path # The file, for messages
+): # Tensors and plain types, as they were saved
+    "Read tensors and plain types; anything that would run code is refused"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torch's advice is to allow code to run
+            return torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
+    except Exception as e: raise ValueError(f'{path} is not a file of `torch.save` that holds tensors and plain types alone ({type(e).__name__}).') from e
 
 # %% ../nbs/00a_files.ipynb #b24eb173
 _kinds = {'config.json': 'a training run', 'comparison.json': 'a comparison', 'evaluation.json': 'an evaluation', 'paper.json': "runs of the paper's table"}

@@ -20,7 +20,7 @@ from fastcore.all import *
 
 from .regularizer import L2Callback
 from ..export import save_model
-from ..files import atomic_write,seal,unseal
+from ..files import atomic_write,load_plain,seal,unseal
 
 # %% ../../nbs/18b_callback.checkpoint.ipynb #ce6d9525
 class Checkpoint(Callback):
@@ -96,9 +96,7 @@ def load(self:Checkpoint
     ) -> int: # Epochs that are done
     "Take up what an interrupted training left in the folder, if anything"
     if not self.file.exists(): return 0
-    data = unseal(self.file)
-    try: self.state = torch.load(BytesIO(data), map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f'{self.file} is not a checkpoint that this version can read ({type(e).__name__}).') from e
+    self.state = load_plain(unseal(self.file), self.file)
     self.rows,lambdas = self.state['rows'],self.state['lambdas']
     if cb := find_l2(self.learn): cb.restore_history(pd.read_csv(StringIO(lambdas)))
     self.learn.model.load_state_dict(self.state['model'])
