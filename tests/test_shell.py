@@ -157,7 +157,7 @@ def test_output_is_no_reason_to_lose_a_run(data, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'stdout', open(w, 'w', encoding='cp1252'))
     assert run_command(reid_train.__wrapped__, [data, '--out', str(tmp_path/'r'), *tiny], 'reid-train', ['data'])==0
     raw = io.BytesIO()
-    print('λ', file=Patient(io.TextIOWrapper(raw, 'cp1252')))
+    print('λ', file=Patient(stream := io.TextIOWrapper(raw, 'cp1252')))
     assert raw.getvalue()==b'?\n' and (tmp_path/'r'/'results.json').exists()
 
 def test_divergence_ends_a_run(data, tmp_path, shell):
@@ -176,15 +176,15 @@ def test_numbers_have_bounds(opt, v):
 @pytest.mark.parametrize('func,args,words', [
     (reid_train, ['--resume', ''], ["resume=''", 'unset']), (reid_train, [''], ["data=''"]), (reid_train, ['--pretrained', ''], ["pretrained=''"]),
     (reid_train, ['--lr', 'inf'], ['lr=inf']), (reid_train, ['--size', '100000x100000'], ['size']), (reid_train, ['--l2', 'annealed'], ["'none'"]),
-    (reid_train, ['--device', 'cuda:77'], ['device']), (reid_train, ['--workers', '-3'], ['workers']), (reid_train, ['/a'*2500], ['does not exist']),
+    (reid_train, ['--device', 'cuda:77'], ['device']), (reid_train, ['--workers', '-3'], ['workers']), (reid_train, ['/a'*2500], ['/a/a']),
     (reid_train, ['--epochs', 'ten'], ['--epochs', '--help']), (reid_train, ['--no-such-option'], ['--no-such-option']),
-    (reid_compare, ['--arms', 'none', 'none'], ['none', 'once']), (reid_compare, ['--factors', '-1'], ['factor']), (reid_compare, ['--amplitudes', '1e-3', '0', '1'], ['amplitude']),
+    (reid_compare, ['--arms', 'none', 'none'], ['none', 'once']), (reid_compare, ['--factors', '-1', '--amplitudes', '1'], ['factor']), (reid_compare, ['--amplitudes', '1e-3', '0', '1'], ['amplitude']),
     (reid_compare, ['--tune-pids', '2'], ['identities']), (reid_compare, ['--seeds', '0'], ['seeds=0'])])
 def test_bad_options_are_refused_before_anything_is_trained(func, args, words, data, tmp_path, shell, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, 'fit_run', lambda *_: pytest.fail('it trains'))
     args = args if func is reid_train and not args[0].startswith('-') else [data, *args]
-    refused(shell(func, *args, *([] if '--size' in args else tiny[4:6]), *tiny[:4], '--n-pids', '4'), *words)
+    refused(shell(func, *([] if '--size' in args else tiny[4:6]), *tiny[:4], '--n-pids', '4', *args), *words)
     assert not list(tmp_path.iterdir())
 
 def test_switches(done, shell, tmp_path):
