@@ -370,6 +370,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'reid_fastai/data/synthetic.py'),
                                             'reid_fastai.data.synthetic._Shot.name': ( 'data.synthetic.html#_shot.name',
                                                                                        'reid_fastai/data/synthetic.py'),
+                                            'reid_fastai.data.synthetic._amiss': ( 'data.synthetic.html#_amiss',
+                                                                                   'reid_fastai/data/synthetic.py'),
                                             'reid_fastai.data.synthetic._ball': ( 'data.synthetic.html#_ball',
                                                                                   'reid_fastai/data/synthetic.py'),
                                             'reid_fastai.data.synthetic._cast': ( 'data.synthetic.html#_cast',
