@@ -94,6 +94,8 @@ def _not_junk(g_pids):
     return np.arange(len(g_pids)) if g_pids.dtype.kind=='U' else (g_pids!=JUNK_PID).nonzero()[0]
 
 # %% ../../nbs/10_evaluation.metrics.ipynb #e7c01772
+from ..core import count_matches
+
 @patch
 def _lookup(self:RetrievalResults):
     "Find images of each query's identity, and how many of them match"
@@ -105,8 +107,7 @@ def _lookup(self:RetrievalResults):
         warnings.warn(f'{none.sum()} of {len(self)} queries have pid {JUNK_PID} or {DISTRACTOR_PID}, which mark junk and distractors: '
                       'they have nobody to find and are skipped. Identities are numbered from 1.')
         self._n[none] = 0
-    row,_,match = self._same_pid(slice(0, len(self)))
-    self.n_matches = torch.bincount(row[match], minlength=len(self)).cpu().numpy()
+    self.n_matches = count_matches(*(pd.DataFrame({k: v.cpu().numpy() for k,v in zip(('pid','camid'), o)}) for o in (self._q,self._g)))
     if not self.n_matches.any(): raise ValueError(
         f'None of the {len(self)} queries has a match among {len(g_pids)} gallery images (junk apart): no image of its identity from another camera. '
         f'Queries have pids {_few(self.q_pids)} and camids {_few(self.q_camids)}; the gallery has {_few(self.g_pids)} and {_few(self.g_camids)}.')
