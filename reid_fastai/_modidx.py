@@ -193,6 +193,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'reid_fastai.core.brief': ('core.html#brief', 'reid_fastai/core.py'),
                                   'reid_fastai.core.check_int': ('core.html#check_int', 'reid_fastai/core.py'),
                                   'reid_fastai.core.check_protocol': ('core.html#check_protocol', 'reid_fastai/core.py'),
+                                  'reid_fastai.core.check_search': ('core.html#check_search', 'reid_fastai/core.py'),
                                   'reid_fastai.core.count_matches': ('core.html#count_matches', 'reid_fastai/core.py'),
                                   'reid_fastai.core.free_memory': ('core.html#free_memory', 'reid_fastai/core.py'),
                                   'reid_fastai.core.keep_freed_memory': ('core.html#keep_freed_memory', 'reid_fastai/core.py'),

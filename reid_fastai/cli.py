@@ -119,7 +119,7 @@ def reid_eval(
     check_outputs(dict(csv=csv, features=features), {'the model': file, **({'the dataset': data} if data!='synthetic' else {})})
     if out: check_folder(out, 'evaluation.json')
     with _quietly(quiet):
-        splits = load_splits(data)
+        check_search(splits := load_splits(data))
         print(splits)
         df,files = search_rows(splits)
         found = [search(_embed(file, files, df.path, flip, features, device), df, metric)]

@@ -87,6 +87,7 @@ class Comparison:
         device:str|None=None, # Where to train; None: the GPU if there is one
         workers:int|None=None # Loader processes; None: as `ReIDDataLoaders` decides
     ):
+        check_protocol(splits)
         grids = {a: [float(o) for o in v] for a,v in dict(conventional=factors, adaptive=amplitudes).items() if a in arms}
         _check_grids(arms, grids, seeds)
         for arm,vals in grids.items():

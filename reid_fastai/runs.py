@@ -142,6 +142,7 @@ def train_run(
     workers:int|None=None # Loader processes; None: as `ReIDDataLoaders` decides
 ) -> dict: # What `results.json` holds
     "Train and evaluate what `cfg` says, as far as that was not done yet"
+    check_protocol(splits)
     out,asked = Path(out),_describe(cfg, splits)
     begun = os.path.exists(out/'config.json')
     with ExitStack() as stack:
