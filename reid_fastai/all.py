@@ -1,4 +1,5 @@
 from .core import *
+from .files import *
 from .regularizers import *
 from .losses import *
 from .models import *
@@ -9,5 +10,6 @@ from .schedules import *
 from .learner import *
 from .interpret import *
 from .export import *
+from .config import *
 from .runs import *
 from .experiments import *

@@ -6,133 +6,141 @@
 __all__ = ['reid_train', 'reid_eval', 'reid_compare', 'reid_synth']
 
 # %% ../nbs/21_cli.ipynb #760a904f
-import hashlib,json,sys,time,warnings
-from contextlib import contextmanager
+import contextlib,io,os,time,warnings
 from inspect import signature
 from pathlib import Path
 from typing import Annotated
 
 warnings.filterwarnings('ignore', '.*torch.jit.script', FutureWarning)  # fastai calls it on import; nobody at a shell can act on that
-import safetensors.torch as st
+import pandas as pd
+import torch
 from fastcore.all import *
-from fastcore.script import *
-from fastcore.script import is_cli
-from safetensors import SafetensorError,safe_open
 
 from .callback.evaluation import *
+from .config import *
 from .core import *
 from .data.datasets import *
 from .data.synthetic import *
 from .evaluation.all import *
 from .experiments import *
 from .export import *
+from .files import *
 from .runs import *
-
-# %% ../nbs/21_cli.ipynb #548f5351
-@contextmanager
-def _user_errors(prog):
-    try: yield
-    except ValueError as e:
-        if not is_cli(): raise
-        print(f'{prog}: error: {e}', file=sys.stderr)
-        raise SystemExit(2) from e
+from .shell import *
 
 # %% ../nbs/21_cli.ipynb #97335078
+def _quietly(quiet):
+    "Within it nothing is printed to stdout, if `quiet`"
+    return contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext()
+
 def _new_folder(out, default):
     "The folder to be, which must not exist"
     out = Path(ifnone(out, default))
-    if out.exists(): raise ValueError(f'{out} exists already, and a run never overwrites another. Give another `--out`, or remove it; `--resume {out}` goes on with an interrupted run.')
-    check_writable(out)
+    if os.path.lexists(out): raise ValueError(f'{out} exists already, and a run never overwrites another. Give another `--out`; `--resume {out}` goes on with an interrupted run.')
+    check_writable(out, folder=True)
     return out
 
 def _resumed(run, chosen):
-    "The options of an interrupted run"
-    if odd := sorted(k for k,v in chosen.items() if v!=signature(run_config).parameters[k].default):
-        raise ValueError(f'{", ".join(odd)}: an interrupted run goes on with the options it was begun with, in {run}/config.json. Leave them out.')
-    return read_config(run)
+    "The options of a run that was begun"
+    cfg = read_config(run)
+    if odd := sorted(k for k,v in chosen.items() if v!=signature(RunConfig).parameters[k].default):
+        names = ", ".join(f"--{o.replace('_', '-')}" for o in odd if o!='data') or 'DATA'
+        if read_results(run): raise ValueError(f'{names}: {run} is complete, and so is its schedule of learning rates. To train on, start a new run from its weights: reid-train DATA --pretrained {Path(run)/"model.safetensors"}.')
+        raise ValueError(f'{names}: an interrupted run goes on with the options of {run}/config.json. Leave them out.')
+    return cfg
 
-@call_parse(pos=['data'])
-@delegates(run_config)
+# %% ../nbs/21_cli.ipynb #c11e0000
+@command(pos=['data'])
+@delegates(RunConfig, but=['curve'])
 def reid_train(
     data:str='synthetic', # 'synthetic', the folder of a dataset, or a CSV file with columns path, pid, split and, if known, camid
-    out:str=None, # Run folder to make; default: a new one in runs/
+    out:str=None, # Run folder to make; default: a new one in runs/, named after data, backbone, time and process
     resume:str=None, # Run folder of an interrupted run to go on with, from its last whole epoch
+    device:str=None, # Where to train, such as 'cpu' or 'cuda:1'; default: the GPU if there is one
+    workers:int=None, # Processes that decode images; default: none if the images fit into memory, else one a core
+    quiet:bool=False, # Print warnings and errors alone
     **kwargs
 ) -> Path: # The run folder
     "Train a Re-ID model, evaluate it, and keep everything in a run folder"
-    with _user_errors('reid-train'):
-        if resume:
-            if out: raise ValueError(f'out={out}: an interrupted run goes on in its folder, {resume}. Leave `out` out.')
-            cfg,out = _resumed(resume, dict(kwargs, data=data)),Path(resume)
-        else:
-            cfg = run_config(data, **kwargs)
-            out = _new_folder(out, Path('runs')/f'{Path(data).stem.lower()}-{Path(cfg["arch"]).name}-{time.strftime("%Y%m%d-%H%M%S")}')
-        if cfg['data']!='synthetic': read_dataset(cfg['data'])
-        check_backbone(cfg)
-        splits = load_splits(cfg['data'])
+    check_device(device)
+    check_workers(workers)
+    if resume:
+        if out: raise ValueError(f'--out {out}: an interrupted run goes on in its folder, {resume}. Leave `--out` out.')
+        cfg,out = _resumed(resume, dict(kwargs, data=data)),Path(resume)
+    else:
+        cfg = RunConfig(data, **kwargs)
+        out = _new_folder(out, Path('runs')/f'{Path(cfg.data).stem.lower()}-{Path(cfg.arch).name}-{time.strftime("%Y%m%d-%H%M%S")}-{os.getpid()}')
+    with _quietly(quiet):
+        splits = load_splits(cfg.data)
         print(splits)
-        train_run(out, splits, cfg)
-        print((out/'summary.md').read_text() + f'\nRun folder: {out}')
+        res = train_run(out, splits, cfg, device, workers)
+        print(f'{summary_of(out, res)}\nRun folder: {out}')
     return out
 
 # %% ../nbs/21_cli.ipynb #72dfe39a
-def _embed(file, splits, df, flip, kept):
-    "Embeddings of the images of `df`, from the file `kept` if it has them"
-    of = dict(model=hashlib.sha256(file.read_bytes()).hexdigest(), images=hashlib.sha256('\n'.join(df.path).encode()).hexdigest(), n=str(len(df)), flip=str(flip))
-    if kept and Path(kept).exists():
-        try: f = safe_open(kept, 'pt')
-        except SafetensorError as e: raise ValueError(f'{kept} holds no embeddings: {e}. Name another file.') from e
-        with f:
-            if (other := f.metadata())!=of:
-                raise ValueError(f'{kept} holds embeddings of another {first(k for k in of if (other or {}).get(k)!=of[k])} than is asked for. Name another file for these.')
-            return f.get_tensor('features')
-    feats = load_embedder(file)([Path(ifnone(splits.root, '.'))/o for o in df.path], flip=flip)
-    if kept: atomic_write(kept, st.save({'features':feats}, of))
+def _embed(file, files, paths, flip, kept, device):
+    "Embeddings of the images `files`, from the file `kept` if it has them"
+    of = dict(model=checksum(read_bytes(file)), images=checksum('\n'.join(paths).encode()), n=str(len(files)), flip=str(flip))
+    if kept and os.path.exists(kept):
+        tensors,other = load_tensors(kept)
+        if odd := first(k for k in of if other.get(k)!=of[k]):
+            raise ValueError(f'{kept} does not hold embeddings of this {odd}. Name another file for these.')
+        return tensors['features']
+    feats = load_embedder(file, ifnone(device, 'cpu'))(files, flip=flip)
+    if kept: save_tensors(kept, {'features':feats}, of)
     return feats
 
-@call_parse(pos=['run','data'])
+def _queries(results, splits, df):
+    "Table of the queries, in per cent; identities by their names, and the image of each query"
+    res = results.per_query()
+    return res.assign(AP=100*res.AP, INP=100*res.INP, pid=[splits.pid_names.get(o, o) for o in res.pid], path=df.path[df.split=='query'].to_numpy())
+
+# %% ../nbs/21_cli.ipynb #c11e0001
+@command(pos=['run','data'])
 def reid_eval(
     run:str, # Run folder of `reid-train`, or a model.safetensors
     data:str=None, # 'synthetic', the folder of a dataset, or a CSV file; default: what the run was trained on
-    flip:bool_arg=True, # Whether embeddings are averaged over image and mirror image
+    flip:bool=True, # Average embeddings over image and mirror image
     metric:str='cosine', # 'cosine' or 'euclidean'
     rerank:bool=False, # Also show the figures after k-reciprocal re-ranking (k1 20, k2 6, λ 0.3)
-    csv:str=None, # File for a table of the queries: AP, first hit, INP, number of matches
-    features:str=None # File of embeddings to write, or to read where it exists
+    out:str=None, # Folder for the figures (evaluation.json) and a picture of some ranked lists (ranked.png)
+    csv:str=None, # File for a table of the queries: AP and INP in per cent, first hit, number of matches
+    features:str=None, # File of embeddings to write, or to read where it exists
+    device:str=None, # Where to compute, such as 'cpu' or 'cuda:1'; default: the GPU if there is one
+    quiet:bool=False # Print warnings and errors alone
 ): # `RetrievalResults`
     "Evaluate a trained model on its own or on other data"
-    with _user_errors('reid-eval'):
-        run = Path(run)
-        file = run/'model.safetensors' if run.is_dir() else run
-        read_meta(file)
-        check_metric(metric)
-        for o in (csv,features):
-            if o: check_writable(o)
-        data = ifnone(data, _trained_on(file))
-        splits = load_splits(data)
+    file = Path(run)/'model.safetensors' if os.path.isdir(run) else Path(run)
+    if os.path.isdir(run) and os.path.exists(Path(run)/'config.json'): read_results(run)
+    read_meta(file)
+    check_metric(metric)
+    device = ifnone(check_device(device), 'cuda' if torch.cuda.is_available() else 'cpu')
+    data = ifnone(data, _trained_on(file))
+    check_outputs(dict(csv=csv, features=features), {'the model': file, **({'the dataset': data} if data!='synthetic' else {})})
+    if out: check_folder(out, 'evaluation.json')
+    with _quietly(quiet):
+        check_search(splits := load_splits(data))
         print(splits)
-        df = splits.df[splits.df.split.isin(['query','gallery']) & (splits.df.pid!=JUNK_PID)]
-        results = search(_embed(file, splits, df, flip, features), df, metric)
-        print(f'\n{results}')
+        df,files = search_rows(splits)
+        found = [search(_embed(file, files, df.path, flip, features, device), df, metric)]
+        print(f'\n{found[0]}')
         if rerank:
-            results = results.rerank()
-            print(f'\nre-ranked: {results}')
-        if csv: atomic_write(csv, _named(results.per_query(), splits).to_csv(index=False))
-    return None if is_cli() else results
-
-def _named(queries, splits):
-    "Names for identities that have one, and the image of each query"
-    rows = splits.query[splits.query.pid!=JUNK_PID]
-    return queries.assign(pid=[splits.pid_names.get(o, o) for o in queries.pid], path=rows.path.to_numpy())
+            found.append(found[0].rerank())
+            print(f'\nre-ranked: {found[1]}')
+        if csv: atomic_write(csv, _queries(found[-1], splits, df).to_csv(index=False))
+        if out:
+            save_ranked(found[-1], df, files, Path(out)/'ranked.png')
+            write_json(Path(out)/'evaluation.json', dict(result_figures(found[0]), model=str(file), data=data, metric=metric, flip=flip, **({'reranked': result_figures(found[1])} if rerank else {})))
+    return found[-1]
 
 def _trained_on(file):
     if not file.with_name('config.json').exists():
         raise ValueError(f'{file} has no config.json beside it, so the data of the run is not known. Name a dataset: reid-eval {file} DATA')
-    return read_config(file.parent)['data']
+    return read_config(file.parent).data
 
 # %% ../nbs/21_cli.ipynb #51b6ce5f
-@call_parse(pos=['data'])
-@delegates(run_config, but=['l2','amplitude','factor','val_pids','seed'])
+@command(pos=['data'])
+@delegates(RunConfig, but=['l2','amplitude','factor','val_pids','seed','curve'])
 def reid_compare(
     data:str='synthetic', # 'synthetic', the folder of a dataset, or a CSV file with columns path, pid, split and, if known, camid
     out:str=None, # Folder of the comparison, new or to go on with; default: one in runs/ named after data and backbone
@@ -144,42 +152,49 @@ def reid_compare(
     tune_pids:float=.1, # Share of the training identities held out to choose by
     table:str=None, # 'paper': instead of the above, run the paper's recipe for the rows of its table
     root:str=None, # Folder that holds the datasets of the table
+    device:str=None, # Where to train, such as 'cpu' or 'cuda:1'; default: the GPU if there is one
+    workers:int=None, # Processes that decode images; default: none if the images fit into memory, else one a core
+    quiet:bool=False, # Print warnings and errors alone
     **kwargs
 ) -> Path: # The folder
     "Compare regularisers: the same everything else, several seeds, a table of means and paired differences"
-    with _user_errors('reid-compare'):
-        if table: return _paper_table(table, root, Path(ifnone(out, 'runs/paper-table')), seed, kwargs)
-        cfg = run_config(data, seed=seed, **kwargs)
-        out = Path(ifnone(out, Path('runs')/f'compare-{Path(data).stem.lower()}-{Path(cfg["arch"]).name}'))
-        check_writable(out/'summary.md')
-        if cfg['data']!='synthetic': read_dataset(cfg['data'])
-        check_backbone(cfg)
-        comparison = Comparison(out, load_splits(cfg['data']), cfg, arms, seeds, factors, amplitudes, tune_pids)
+    check_device(device)
+    check_workers(workers)
+    if table: return _paper_table(table, root, Path(ifnone(out, 'runs/paper-table')), seed, quiet, kwargs)
+    cfg = RunConfig(data, seed=seed, **kwargs)
+    out = Path(ifnone(out, Path('runs')/f'compare-{Path(cfg.data).stem.lower()}-{Path(cfg.arch).name}'))
+    check_folder(out, 'comparison.json')
+    with _quietly(quiet):
+        comparison = Comparison(out, load_splits(cfg.data), cfg, arms, seeds, factors, amplitudes, tune_pids, device, workers)
+        build_net(cfg)
         comparison.run()
         print(f'\n{comparison.summary()}\nFolder: {out}')
     return out
 
-def _paper_table(table, root, out, seed, options):
-    if table!='paper': raise ValueError(f"table={table!r}: there is only 'paper'.")
-    if root is None or not Path(root).is_dir(): raise ValueError(f'root={root}: the folder that holds the datasets is needed.')
+# %% ../nbs/21_cli.ipynb #c11e0002
+def _paper_table(table, root, out, seed, quiet, options):
+    if table!='paper': raise ValueError(f"--table {table!r}: there is only 'paper'.")
+    if root is None or not os.path.isdir(root): raise ValueError(f'--root {root}: the folder that holds the datasets is needed.')
     # What the recipe or the rows of the table determine is not asked for
-    odd = sorted(k for k,v in options.items() if k in ('arch','recipe','rerank') and v!=signature(run_config).parameters[k].default)
+    odd = sorted(k for k,v in options.items() if k in ('arch','recipe','rerank') and v!=signature(RunConfig).parameters[k].default)
     if odd: raise ValueError(f'{", ".join(odd)}: the table determines it. Leave it out.')
-    res = paper_table(out, root, seed=seed, **{k:v for k,v in options.items() if k not in ('arch','recipe','rerank')})
-    print(f'\n{markdown_table(res)}\n\nFolder: {out}')
+    with _quietly(quiet):
+        res = paper_table(out, root, seed=seed, **{k:v for k,v in options.items() if k not in ('arch','recipe','rerank')})
+        print(f'\n{markdown_table(res)}\n\nFolder: {out}')
     return out
 
 # %% ../nbs/21_cli.ipynb #62827842
-@call_parse(pos=['path'])
+@command(pos=['path'])
 def reid_synth(
     path:str=None, # Folder to make; default: one in the cache folder
     tiny:bool=False, # A few dozen images of 64x32 px, for tests
-    seed:int=42 # Of everything: the same seed gives the same bytes
-): # `Path`
+    seed:int=42, # Of everything: the same seed gives the same bytes
+    quiet:bool=False # Print warnings and errors alone
+) -> Path: # The folder
     "Render synthetic pedestrians, in the layout of Market-1501"
-    with _user_errors('reid-synth'):
-        if path and not Path(path).exists(): check_writable(path)
+    with _quietly(quiet):
+        if path: check_writable(path, folder=True)
         res = make_synthetic(path, tiny=tiny, seed=seed)
         print(read_dataset(res))
         print(f'Folder: {res}')
-    return None if is_cli() else res
+    return res

@@ -7,7 +7,8 @@ __all__ = ['ARMS', 'published', 'next_strength', 'tune', 'Comparison', 'comparis
            'plot_mean_lambda', 'markdown_table', 'paper_table']
 
 # %% ../nbs/20_experiments.ipynb #1e31c3da
-import json,warnings
+import json,os,warnings
+from contextlib import contextmanager
 from math import sqrt
 from pathlib import Path
 from typing import Callable
@@ -19,8 +20,10 @@ from fastcore.all import *
 from scipy import stats
 
 from .callback.history import plot_lambda_hist
+from .config import *
 from .core import *
 from .data.datasets import *
+from .files import *
 from .runs import *
 
 # %% ../nbs/20_experiments.ipynb #28ba6412
@@ -62,8 +65,9 @@ def tune(
 # %% ../nbs/20_experiments.ipynb #383a3437
 def _check_grids(arms, grids, seeds):
     if odd := [a for a in arms if a not in ARMS]: raise ValueError(f'arms={odd}: there are {list(ARMS)}.')
+    if not arms or len(set(arms))<len(arms): raise ValueError(f'arms={list(arms)}: give each arm once.')
     if 'annealed' in arms and 'adaptive' not in arms: raise ValueError("The arm 'annealed' follows the λ of 'adaptive'; add that arm.")
-    if not seeds>0: raise ValueError(f'seeds={seeds}: it must be positive.')
+    if not 0<seeds<=1000: raise ValueError(f'seeds={seeds}: a whole number from 1 to 1,000 is needed.')
     if len({len(v) for v in grids.values()})>1:
         raise ValueError(f'Different numbers of strengths, {({k: list(v) for k,v in grids.items()})}: the comparison is fair if each regulariser has as many attempts.')
     for k,v in grids.items():
@@ -74,25 +78,32 @@ class Comparison:
     def __init__(self,
         out:str|Path, # Folder, new or of an interrupted comparison
         splits:ReIDSplits, # Dataset
-        cfg:dict, # From `run_config`: what all runs have in common
+        cfg:RunConfig, # What all runs have in common
         arms:list=ARMS, # Which of `ARMS`
         seeds:int=3, # Runs of each arm
         factors:list=(5e-4,2.5e-3,1.25e-2), # λ of `conventional` to choose from; one is taken as it is
         amplitudes:list=(1e-3,5e-3,2.5e-2), # A of `adaptive` to choose from; one is taken as it is
-        tune_pids:float=.1 # Share of the training identities held out to choose by
+        tune_pids:float=.1, # Share of the training identities held out to choose by
+        device:str|None=None, # Where to train; None: the GPU if there is one
+        workers:int|None=None # Loader processes; None: as `ReIDDataLoaders` decides
     ):
+        check_protocol(splits)
         grids = {a: [float(o) for o in v] for a,v in dict(conventional=factors, adaptive=amplitudes).items() if a in arms}
         _check_grids(arms, grids, seeds)
-        store_attr('splits,cfg,arms,seeds,grids,tune_pids')
+        for arm,vals in grids.items():
+            for v in vals: cfg.but(l2=arm, **{_strength[arm]: v})  # refuses what no run could have
+        store_attr('splits,cfg,arms,seeds,grids,tune_pids,device,workers')
         self.out,self.rows = Path(out),[]
+        self.held = hold_out(splits, tune_pids, cfg.seed) if self._tunes else None
+
+    @property
+    def _tunes(self): return any(len(v)>1 for v in self.grids.values())
 
     def _begin(self):
         "Write what is compared, or see that it is the same as before"
-        asked = json.loads(json.dumps(dict(cfg=self.cfg, arms=list(self.arms), seeds=self.seeds, grids=self.grids, tune_pids=self.tune_pids, dataset=self.splits.name)))
-        if not (file := self.out/'comparison.json').exists():
-            self.out.mkdir(parents=True, exist_ok=True)
-            return atomic_write(file, json.dumps(asked, indent=1))
-        found = json.loads(file.read_text())
+        asked = json.loads(json.dumps(dict(cfg=vars(self.cfg), arms=list(self.arms), seeds=self.seeds, grids=self.grids, tune_pids=self.tune_pids, dataset=self.splits.name)))
+        if not (file := self.out/'comparison.json').exists(): return write_json(file, asked)
+        found = read_json(file)
         before,now = ({**o.pop('cfg'), **o, 'seeds':None} for o in (found, asked))  # seeds may be added
         if diff := [k for k in now if before.get(k)!=now[k]]:
             raise ValueError(f'{self.out} was begun with {diff[0]}={before.get(diff[0])!r}, and is now to go on with {now[diff[0]]!r}. Take another folder for another comparison.')
@@ -103,10 +114,10 @@ def _train(self:Comparison, stage, splits, arm, seed, strength=None, **options):
     "One run, which gets a row"
     name = '-'.join([stage, arm, *([f'{strength:.4g}'] if strength else []), f'seed{seed}'])
     print(f'\n{name}')
-    cfg = {**self.cfg, 'l2':arm, 'seed':seed, **({_strength[arm]:strength} if strength else {}), **options}
-    res = train_run(self.out/name, splits, cfg)
+    cfg = self.cfg.but(l2=arm, seed=seed, **({_strength[arm]:strength} if strength else {}), **options)
+    res = train_run(self.out/name, splits, cfg, self.device, self.workers)
     flat = {k:v for k,v in res.items() if k!='reranked'} | {f'{k} re-ranked': v for k,v in res.get('reranked', {}).items() if k=='mAP' or k.startswith('Rank')}
-    versions = json.loads((self.out/name/'config.json').read_text())['versions']
+    versions = read_json(self.out/name/'config.json')['versions']
     self.rows.append(dict(stage=stage, arm=arm, strength=strength, seed=seed, dataset=splits.name, **flat, **versions, folder=name))
     atomic_write(self.out/'results.csv', self.runs.to_csv(index=False))
     return res
@@ -117,26 +128,36 @@ def runs(self:Comparison): "A row a run"; return pd.DataFrame(self.rows)
 @patch
 def _strengths(self:Comparison):
     "Arm -> strength"
-    if all(len(v)==1 for v in self.grids.values()): return {arm: v[0] for arm,v in self.grids.items()}
-    held = hold_out(self.splits, self.tune_pids, self.cfg['seed'])
-    scores = tune(self.grids, lambda arm,v: self._train('tune', held, arm, self.cfg['seed'], v)['mAP'])
+    if not self._tunes: return {arm: v[0] for arm,v in self.grids.items()}
+    scores = tune(self.grids, lambda arm,v: self._train('tune', self.held, arm, self.cfg.seed, v)['mAP'])
     return {arm: max(o, key=o.get) for arm,o in scores.items()}
 
 @patch
 def run(self:Comparison
     ) -> pd.DataFrame: # `runs`: a row a run, in the order they were made; also in `results.csv`
     "Train what is missing, and write tables and figures"
-    self._begin()
-    strengths = self._strengths()
-    for seed in range(self.cfg['seed'], self.cfg['seed']+self.seeds):
-        for arm in sorted(self.arms, key=ARMS.index):
-            opts = {}
-            if arm=='annealed':
-                lam = pd.read_csv(self.out/f'final-adaptive-{strengths["adaptive"]:.4g}-seed{seed}'/'lambdas.csv')
-                opts['curve'] = lam.groupby('epoch').lam.mean().tolist()
-            self._train('final', self.splits, arm, seed, strengths.get(arm), **opts)
-    self._report()
+    check_folder(self.out, 'comparison.json')
+    self.out.mkdir(parents=True, exist_ok=True)
+    with hold_folder(self.out),_again(self.out):
+        self._begin()
+        strengths = self._strengths()
+        for seed in range(self.cfg.seed, self.cfg.seed+self.seeds):
+            for arm in sorted(self.arms, key=ARMS.index):
+                opts = {}
+                if arm=='annealed':
+                    lam = read_table(self.out/f'final-adaptive-{strengths["adaptive"]:.4g}-seed{seed}'/'lambdas.csv')
+                    opts['curve'] = lam.groupby('epoch').lam.mean().tolist()
+                self._train('final', self.splits, arm, seed, strengths.get(arm), **opts)
+        self._report()
     return self.runs
+
+@contextmanager
+def _again(out):
+    "Say in what ends a comparison that it can go on"
+    how = f'Give the same command again to go on with {out}.'
+    try: yield
+    except KeyboardInterrupt as e: raise type(e)(f'Complete runs are kept. {how}') from e
+    except WriteError as e: raise WriteError(f'{str(e).split(" When there is space")[0]} {how}') from e
 
 # %% ../nbs/20_experiments.ipynb #7af1471a
 def _paired(a, b):
@@ -192,7 +213,7 @@ def plot_mean_lambda(
 @patch
 def _report(self:Comparison):
     final = self.runs[lambda o: o.stage=='final']
-    read = lambda f: {a: [pd.read_csv(self.out/d/f) for d in o.folder if (self.out/d/f).exists()] for a,o in final.groupby('arm', sort=False)}
+    read = lambda f: {a: [read_table(self.out/d/f) for d in o.folder if (self.out/d/f).exists()] for a,o in final.groupby('arm', sort=False)}
     tables,lams = read('metrics.csv'),{a:h for a,h in read('lambdas.csv').items() if h}
     panels = [(plot_learning_curves, tables)] + ([(partial(plot_learning_curves, column='mAP'), tables)] if tables[first(tables)][0].mAP.count()>1 else []) \
         + ([(plot_mean_lambda, lams)] if lams else [])
@@ -208,10 +229,10 @@ def summary(self:Comparison
     "The comparison in words and tables"
     c = self.cfg
     tuned = [o for o in self.rows if o['stage']=='tune']
-    how = (f'Strengths were chosen by mAP on {100*self.tune_pids:g} % of the training identities, held out of tuning runs with seed {c["seed"]}, {len(tuned)//len(self.grids)} of each regulariser.'
+    how = (f'Strengths were chosen by mAP on {100*self.tune_pids:g} % of the training identities, held out of tuning runs with seed {c.seed}, {len(tuned)//len(self.grids)} of each regulariser.'
            if tuned else 'Strengths were given beforehand, none was tuned.')
-    metrics = ['mAP','Rank-1'] + (['mAP re-ranked','Rank-1 re-ranked'] if c['rerank'] else [])
-    parts = [f'# {self.splits.name}: regularisers compared', f'{c["arch"]}, {c["size"][0]}×{c["size"][1]} px, {c["epochs"]} epochs, recipe {c["recipe"]}, seeds {c["seed"]} to {c["seed"]+self.seeds-1}. '
+    metrics = ['mAP','Rank-1'] + (['mAP re-ranked','Rank-1 re-ranked'] if c.rerank else [])
+    parts = [f'# {self.splits.name}: regularisers compared', f'{c.arch}, {c.size[0]}×{c.size[1]} px, {c.epochs} epochs, recipe {c.recipe}, seeds {c.seed} to {c.seed+self.seeds-1}. '
              f'{how} The last epoch counts. Per cent; mean ± standard deviation over seeds; differences are paired by seed, ± half the 95 % interval.',
              markdown_table(comparison_table(self.runs, metrics).reset_index())]
     if tuned: parts += ['## Tuning', markdown_table(pd.DataFrame([dict(arm=o['arm'], strength=f'{o["strength"]:g}', **{'held-out mAP': f'{o["mAP"]:.2f}'}) for o in tuned]))]
@@ -238,10 +259,13 @@ published = {
 def paper_table(
     out:str|Path, # Folder of the runs; what is complete there is not trained again
     root:str|Path, # Folder that holds the datasets
-    **options # For `run_config`, beside the recipe, the backbone and the regulariser
+    **options # For `RunConfig`, beside the recipe, the backbone and the regulariser
 ) -> pd.DataFrame: # A row a method and dataset: published and measured mAP / Rank-1, %, or why there is none
     "Run the paper's recipe wherever dataset and weights are at hand, and set the figures beside the published ones"
     out,rows,done = Path(out),[],{}
+    RunConfig(recipe='paper', **options)  # refuses what no run could have
+    check_folder(out, 'paper.json')
+    write_json(out/'paper.json', dict(root=os.path.abspath(root), options=options))
     pair = lambda o: f'{o[0]:.1f} / {o[1]:.1f}'
     for (l2,arch,reranked),figures in published.items():
         for layout,figure in zip(_datasets, figures):
@@ -249,19 +273,15 @@ def paper_table(
             res = done[key]
             if isinstance(res, dict): o = res['reranked'] if reranked else res; res = pair((o['mAP'], o['Rank-1']))
             rows.append(dict(method=f'{l2} L2'+(' + re-ranking' if reranked else ''), backbone=arch, dataset=layout.name, published=pair(figure), measured=res))
-            atomic_write(_made(out)/'table.md', markdown_table(pd.DataFrame(rows))+'\n')
+            atomic_write(out/'table.md', markdown_table(pd.DataFrame(rows))+'\n')
     return pd.DataFrame(rows)
-
-def _made(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 def _paper_run(out, root, l2, arch, layout, options):
     "Results of one run, or why there is none"
     try: data = layout.find(root)
     except ValueError: return f'skipped: {layout.name} was not found'
-    cfg = run_config(data, 'paper', arch=arch, l2=l2, rerank=True, **options)
-    try: check_backbone(cfg)
+    cfg = RunConfig(data, 'paper', arch=arch, l2=l2, rerank=True, **options)
+    try: build_net(cfg)
     except ValueError as e: return f'skipped: {first(str(e).split(": "))}'
     print(f'\n{l2} {arch} {layout.name}')
-    return train_run(out/f'{layout.name}-{arch}-{l2}-seed{cfg["seed"]}', layout(data), cfg)
+    return train_run(out/f'{layout.name}-{arch}-{l2}-seed{cfg.seed}', layout(data), cfg)

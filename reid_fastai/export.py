@@ -6,23 +6,20 @@
 __all__ = ['save_model', 'read_meta', 'load_model', 'Embedder', 'load_embedder']
 
 # %% ../nbs/18_export.ipynb #1acd7e6d
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from fastcore.all import *
-from safetensors import SafetensorError,safe_open
-from safetensors.torch import save
-
 from . import __version__
-from .core import atomic_write,progress
+from .core import progress
 from .data.block import read_image
+from .files import load_tensors,save_tensors
 from .models import ReIDNet,build_reid_net
 
 # %% ../nbs/18_export.ipynb #17a693f0
-_key,_format = 'reid_fastai',1
+_format = 2  # since format 2 a file has a checksum
 
 def _unwrap(model):
     "`ReIDNet` within `DistributedDataParallel` and `torch.compile`"
@@ -40,26 +37,26 @@ def save_model(
     if not isinstance(net, ReIDNet) or net.arch is None:
         raise ValueError(f'{type(net).__name__} is not a network of `build_reid_net`, so a file could not say how to rebuild it.')
     own = {n for n,_ in net.named_children()}|{'mean','std'}
-    arrays = {k: v.detach().cpu().contiguous() for k,v in net.state_dict().items() if k.split('.')[0] in own}
+    arrays = {k: v for k,v in net.state_dict().items() if k.split('.')[0] in own}
     h,w = map(int, size)
     meta = dict(notes, format=_format, version=__version__, arch=net.arch, n_classes=net.n_classes, regions=net.regions, size=[h,w])
-    atomic_write(path, save(arrays, {_key: json.dumps(meta)}))
+    save_tensors(path, arrays, meta)
     return Path(path)
 
 # %% ../nbs/18_export.ipynb #657cbfdc
+def _read(path):
+    "Arrays of a file of `save_model`, and what it says about its network"
+    arrays,meta = load_tensors(path)
+    if 'arch' not in meta: raise ValueError(f'{path} is not a file of `save_model`: it does not say which network its {len(arrays)} arrays belong to.')
+    if meta['format']>_format:
+        raise ValueError(f'{path} is of format {meta["format"]}, by reid_fastai {meta["version"]}; version {__version__} reads up to {_format}.')
+    return arrays,{**meta, 'size': tuple(meta['size'])}
+
 def read_meta(
     path:str|Path # File of `save_model`
 ) -> dict: # 'arch', 'n_classes', 'regions', 'size', 'version', 'format', and the notes
     "What a file says about its network"
-    try:
-        with safe_open(path, 'pt') as f: meta = f.metadata() or {}
-    except FileNotFoundError as e: raise ValueError(f'{path}: there is no such file.') from e
-    except (SafetensorError,OSError) as e: raise ValueError(f'{path} is not a safetensors file: {e}. `save_model` writes them.') from e
-    if _key not in meta: raise ValueError(f'{path} is not a file of `save_model`: its metadata are {sorted(meta)} and lack {_key!r}.')
-    meta = json.loads(meta[_key])
-    if meta['format']>_format:
-        raise ValueError(f'{path} is of format {meta["format"]}, by reid_fastai {meta["version"]}; version {__version__} reads up to {_format}.')
-    return {**meta, 'size': tuple(meta['size'])}
+    return _read(path)[1]
 
 # %% ../nbs/18_export.ipynb #cb8c1f0a
 def load_model(
@@ -67,9 +64,8 @@ def load_model(
     device:str|torch.device='cpu' # Where to put the network
 ) -> ReIDNet: # In evaluation mode: images (b, 3, h, w) in [0, 1] → embeddings (b, `n_features`)
     "Rebuild a network from its file"
-    meta = read_meta(path)
+    arrays,meta = _read(path)
     net = build_reid_net(meta['arch'], meta['n_classes'], meta['regions'], pretrained=False)
-    with safe_open(path, 'pt') as f: arrays = {k: f.get_tensor(k) for k in f.keys()}
     own = net.state_dict()
     if bad := sorted(k for k in {*own, *arrays} if k not in own or k not in arrays or own[k].shape!=arrays[k].shape):
         raise ValueError(f'{path} does not fit the {meta["arch"]} it claims to be: {len(bad)} of {len(own)} arrays are missing, foreign or of '

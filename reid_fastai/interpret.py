@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor,nn
 from torch.nn import functional as F
 
+from .data.image import open_image
 from .evaluation.metrics import RetrievalResults
 from .learner import ReIDLearner
 
@@ -25,8 +26,7 @@ def as_image(
     o # Path, PIL image, array (h, w, 3), or tensor (3, h, w)
 ) -> np.ndarray: # (h, w, 3), as `imshow` takes it
     "Whatever `o` is, as an array to draw"
-    if isinstance(o, (str,Path)):
-        with Image.open(o) as im: return np.asarray(im.convert('RGB'))
+    if isinstance(o, (str,Path,Image.Image)): return np.asarray(open_image(o))
     if isinstance(o, Tensor): return o.detach().cpu().permute(1,2,0).numpy()
     return np.asarray(o)
 

@@ -13,6 +13,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastcore.all import *
+from torch import nn
 
 from .callback.evaluation import *
 from .losses import ReIDLoss
@@ -31,7 +32,7 @@ class ReIDLearner(Learner):
 @delegates(Learner.__init__, but=['dls','model','loss_func','opt_func','splitter','cbs'])
 def reid_learner(
     dls:DataLoaders, # Batches `(x, pid, camid)`, x in [0, 1], as `ReIDDataLoaders` makes them
-    arch:str|Callable='resnet50', # Backbone of timm or torchvision, by name or function
+    arch:str|Callable|nn.Module='resnet50', # Backbone of timm or torchvision, by name or function; or a network of `build_reid_net`
     regions:int=2, # Horizontal strips with a branch each, as in the paper; 0 for the light head, the global branch alone
     pretrained:bool|str=True, # Weights of the backbone: True to look for them, False for random ones, or a file
     # Training
@@ -46,6 +47,8 @@ def reid_learner(
 ) -> ReIDLearner: # A `Learner` that can show ranked lists
     "A `Learner` for person re-identification"
     if not getattr(dls, 'c', 0): raise ValueError('The loaders do not say how many identities they train on (`dls.c`); make them with `ReIDDataLoaders`.')
-    net = build_reid_net(arch, dls.c, regions=regions, pretrained=pretrained).lay_out(getattr(dls, 'device', None) or 'cpu')
+    net = arch if isinstance(arch, nn.Module) else build_reid_net(arch, dls.c, regions=regions, pretrained=pretrained)
+    if net.n_classes!=dls.c: raise ValueError(f'The network has {net.n_classes} classes, and the loaders train on {dls.c} identities. Build it with n_classes={dls.c}.')
+    net.lay_out(getattr(dls, 'device', None) or 'cpu')
     return ReIDLearner(dls, net, ifnone(loss_func, ReIDLoss()), opt_func=opt_func, splitter=splitter,
                    cbs=L(RetrievalMetrics(eval_every, flip)) + L(cbs), **kwargs)

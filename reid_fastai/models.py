@@ -22,7 +22,7 @@ from fastcore.all import *
 from safetensors.torch import load_file
 from torch import nn
 
-from .core import cache_home
+from .files import cache_home
 
 # %% ../nbs/03_models.ipynb #253f94be
 class ReIDOutput(namedtuple('ReIDOutput', 'embeddings logits')):

@@ -57,7 +57,8 @@ def test_other_regularisers(kw, data, tmp_path):
     (['/no/such/folder'], 'does not exist'), (['--arch', 'resnet5o'], "'resnet50"), (['--amplitude', '0'], 'amplitude: got 0.0'),
     (['--amplitude', 'nan'], 'amplitude: got nan'), (['--size', 'big'], 'such as 256x128'), (['--epochs', '0'], 'epochs=0'), (['--l2', 'lasso'], "'lasso'"),
     (['--pretrained', '/no/such.safetensors'], 'there is no such file'), (['--seed', '-1'], 'seed=-1'),
-    (['--arch', 'resnet10t', '--pretrained', 'none', '--size', '64x32', '--regions', '9'], 'cut into 9 strips')])
+    (['--size', '64x32', '--regions', '9'], 'at most so many strips'),
+    (['--arch', 'resnet10t', '--pretrained', 'none', '--size', '64x32', '--n-pids', '4', '--regions', '8'], 'cut into 8 strips')])
 def test_bad_input_exits_with_2(args, words, tmp_path, shell):
     res = shell('reid-train', '--out', tmp_path/'run', *args)
     assert res.returncode==2 and words in res.err and 'Traceback' not in res.err, res.err
@@ -133,6 +134,7 @@ def test_resume_refuses_other_data(run, tmp_path):
     out = tmp_path/'r'; out.mkdir()
     cfg = json.loads((run/'config.json').read_text())
     cfg['dataset']['counts']['train']['images'] += 1
+    cfg.pop('sha256')  # else it would be damaged
     (out/'config.json').write_text(json.dumps(cfg))
     with pytest.raises(ValueError, match='begun with dataset'): reid_train(resume=out)
 

@@ -567,3 +567,318 @@ def test_memory_reads_each_file_once(market, monkeypatch):
     d = make_dls(market)
     for _ in range(2): list(d.train), list(d.valid)
     assert len(seen)==len(set(seen))==46 # 32 + 4 + 10; junk is not read
+
+# --- what people and chance hand in: each ends as it should, or in one line that names the file
+
+def says(f, *words):
+    "`f` is refused in one line of at most 300 characters that has `words`"
+    with pytest.raises(ValueError) as e: f()
+    s = str(e.value)
+    assert type(e.value) is ValueError and len(s)<=300 and '\n' not in s, s
+    assert not (missing := [o for o in words if str(o) not in s]), f'{missing} not in: {s}'
+    return s
+
+def plain_table(root, n=6):
+    "Two people to learn from, two to search for in two cameras, a distractor and junk; every image exists"
+    rows = [('train',p,i%2+1) for p in (1,2) for i in range(n//2)] + [(s,p,c) for p in (3,4) for s,c in (('query',1),('gallery',2))] + [('gallery',0,1), ('gallery',-1,2)]
+    df = pd.DataFrame([(f'{i:02d}.png',p,c,s) for i,(s,p,c) in enumerate(rows)], columns=['path','pid','camid','split'])
+    for i,o in enumerate(df.path): noise(root/o, i, size=(4,8))
+    return df
+
+@pytest.fixture(scope='module')
+def plain(tmp_path_factory):
+    root = tmp_path_factory.mktemp('plain')
+    return root,plain_table(root)
+
+csv_ways = st.fixed_dictionaries(dict(kind=st.sampled_from([int, float, str, object]), sep=st.sampled_from([',', ';', '\t', '|']), end=st.sampled_from(['\n', '\r\n']),
+    header=st.sampled_from([str, str.upper, str.title, lambda o: f' {o} ', lambda o: f' {o.upper()}']), encoding=st.sampled_from(['utf-8', 'utf-8-sig']),
+    quoting=st.sampled_from([0, 1]), order=st.permutations(['path','pid','camid','split']), more=st.booleans()))
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(csv_ways)
+def test_a_table_is_the_same_however_it_was_written(plain, o):
+    root,df = plain
+    want = read_dataset_csv(root, df)
+    t = df.astype(dict(pid=o['kind'], camid=o['kind']))[o['order']].rename(columns=o['header'])
+    if o['more']: t['remark'] = 'seen, perhaps; not sure'
+    t.to_csv(root/'way.csv', index=False, sep=o['sep'], lineterminator=o['end'], encoding=o['encoding'], quoting=o['quoting'])
+    s = read_dataset(root/'way.csv')
+    pd.testing.assert_frame_equal(s.df, want.df)
+    assert not s.pid_names
+    plainly = o['sep']==',' and o['header'] is str
+    assert any('way.csv' in n for n in s.notes)!=plainly, s.notes
+    if o['sep']==';': assert 'semicolons' in str(s.notes)
+    if o['header'] is str.upper: assert "'PATH'" in str(s.notes)
+
+def read_dataset_csv(root, df):
+    df.to_csv(root/'plain.csv', index=False)
+    return read_dataset(root/'plain.csv')
+
+@pytest.mark.parametrize('pids,want', [(['1.0','0.0','-1.0'], [1,0,-1]), (['7','7.0','8'], [7,7,8]), (['07.0','7.0','8'], None), (['1.5','2.0','3.0'], None), (['-0','0','1'], [0,0,1])])
+def test_whole_floats_as_text_are_numbers(pids, want):
+    got = block.read_numbers(pd.DataFrame(dict(pid=pids))).pid.tolist()
+    assert got==(want or pids)
+
+@pytest.mark.parametrize('pids,said', [(['-1','anna','0.0','anna'], ['-1','0.0']), ([-1,'anna',5,5], ['-1']), (['07','7','0000','7'], ['0000']), ([1.5,-1.,2.,2.], ['-1.0'])])
+def test_a_name_that_looks_like_junk_or_a_distractor_is_said(pids, said):
+    df = pd.DataFrame(dict(path=list('abcd'), pid=pids, camid=[1,2,1,2], split=['train','train','query','gallery']))
+    s = block.ReIDSplits(block.read_numbers(df), 'x')
+    notes = [o for o in s.notes if 'is a name here' in o]
+    assert len(notes)==len(said) and all(any(repr(v) in n and ('junk' if '1' in v else 'distractor') in n for n in notes) for v in said), s.notes
+    assert not any('is a name' in o for o in block.ReIDSplits(df.assign(pid=[-1,0,5,5]), 'x').notes)
+
+def test_a_number_too_long(plain, tmp_path):
+    root,df = plain
+    long = '12345678901234567890123456'
+    for v in (long, '9'*5000, '-'+long):
+        df.assign(pid=[v,*df.pid[1:]]).to_csv(root/'t.csv', index=False)
+        says(lambda: read_dataset(root/'t.csv'), 't.csv', 'pid', v.lstrip('-')[:6], 'digits')
+    df.assign(camid=[long,*df.camid[1:]]).to_csv(root/'t.csv', index=False)
+    says(lambda: read_dataset(root/'t.csv'), 't.csv', 'camid', '26 digits')
+    for v in (int(long), 1e26, 2**63): says(lambda: ReIDDataLoaders.from_df(df.assign(pid=[v,*df.pid[1:]]), root, **KW), 'pid', 'digits')
+    m = make_market(tmp_path/'m')
+    noise(m/'query'/f'{long}_c1s1_000000_00.jpg', 0)
+    says(lambda: read_dataset(m), long, 'c1s1', '26 digits')
+
+def test_tables_that_are_none(plain):
+    root,df = plain
+    t = root/'bad.csv'
+    good = df.to_csv(index=False)
+    for data,word in ((b'\x89PNG\r\n\x1a\n'+bytes(99), 'NUL'), (good.replace('00.png','\0').encode(), 'NUL'), (good.replace('00.png','Größe.png').encode('latin1'), 'UTF-8'),
+                      (good.encode('utf-16'), 'UTF-8'), (b'', 'No columns'), (b'\n\n', 'No columns'), (good.replace('train','"train',1).encode(), 'read as a table'),
+                      (good.replace('00.png','00.png,9,9,9,9').encode(), 'read as a table'), (b'a'*100_000, 'path'), (','.join(f'column{i}' for i in range(5000)).encode(), 'path'),
+                      (('path,'+good).encode(), 'path'), ((good.splitlines()[0]+'\n').encode(), 'no rows')):
+        t.write_bytes(data)
+        says(lambda: read_dataset(t), 'bad.csv', word)
+    t.write_text(good.replace('00.png', 'x'*5000))
+    says(lambda: read_dataset(t), 'bad.csv', 'do not exist')
+    (root/'folder.png').mkdir(exist_ok=True)
+    t.write_text(good.replace('00.png', 'folder.png'))
+    says(lambda: read_dataset(t), 'bad.csv', 'are no files', 'folder.png')
+    t.unlink()
+
+def test_tables_of_a_program(plain):
+    root,df = plain
+    f = lambda df: ReIDDataLoaders.from_df(df, root, **KW)
+    says(lambda: f(df[:0]), 'no rows')
+    says(lambda: f(df[:0].astype(object)), 'no rows')
+    says(lambda: f(df.to_dict()), 'dict', 'DataFrame')
+    says(lambda: f(pd.concat([df, df.pid], axis=1)), 'pid', 'twice')
+    says(lambda: f(df.assign(split=[f'part {"x"*i}' for i in range(len(df))])), 'split')
+    says(lambda: f(df.rename(columns={'pid':'who'}).assign(**{f'column{i}':0 for i in range(500)})), "['pid']")
+
+def test_one_image_by_two_spellings(plain, tmp_path):
+    root,df = plain
+    (root/'sub').mkdir(exist_ok=True)
+    for o in ('link.png','hard.png'): (root/o).unlink(missing_ok=True)
+    (root/'link.png').symlink_to(root/df.path[0])
+    (root/'hard.png').hardlink_to(root/df.path[0])
+    other = [f'./{df.path[0]}', f'sub/../{df.path[0]}', str(root/df.path[0]), 'link.png', 'hard.png']
+    for o in other:
+        extra = df[:1].assign(path=o)
+        f = lambda df: ReIDDataLoaders.from_df(df, root, size=(16,8), n_pids=2, n_imgs=2)
+        says(lambda: f(pd.concat([df, extra])), 'listed twice', "'train'", df.path[0])
+        says(lambda: f(pd.concat([df, extra.assign(split='gallery')])), '1 images are in `train` and in a test split', df.path[0])
+        says(lambda: f(pd.concat([df, extra.assign(pid=2)])), 'listed with 2 identities')
+    for o in (f'./{df.path[0]}', f'sub/../{df.path[0]}'): # without files, too
+        says(lambda: block.ReIDSplits(pd.concat([df, df[:1].assign(path=o)]), 'x', '/nowhere'), 'listed twice')
+
+def test_what_cannot_be_evaluated_is_refused_before_an_image_is_decoded(plain, monkeypatch):
+    from reid_fastai.core import check_protocol
+    root,df = plain
+    monkeypatch.setattr(block, 'read_image', lambda *a: pytest.fail('an image was decoded'))
+    test = df.split!='train'
+    for bad,words in ((df.assign(camid=1), ['camera 1']), (df.assign(pid=df.pid.where(df.split!='gallery', df.pid+10)), []),
+                      (df.assign(camid=df.camid.where(~test, 5)), ['camera 5'])):
+        says(lambda: ReIDDataLoaders.from_df(bad, root, **KW), 'none of the 2 queries has a match', *words)
+        says(lambda: check_protocol(block.ReIDSplits(bad, 'mine', root)), 'mine', 'none of the 2 queries has a match', *words)
+    check_protocol(block.ReIDSplits(df, 'mine', root))
+    check_protocol(block.ReIDSplits(df.assign(pid=df.pid.where(df.index!=df.index[df.split=='query'][0], 99)), 'mine', root)) # one of two has none: it will be skipped
+    says(lambda: check_protocol(block.ReIDSplits(df[df.split!='query'], 'mine', root)), 'no images for `query`')
+
+labels = st.lists(st.tuples(st.integers(-1,3), st.integers(0,2)), min_size=1, max_size=12)
+@settings(deadline=None)
+@given(labels, labels)
+def test_matches_are_those_of_the_definition(q, g):
+    from reid_fastai.core import count_matches
+    f = lambda o: pd.DataFrame(o, columns=['pid','camid'])
+    assert count_matches(f(q), f(g)).tolist()==[sum(a==p and p>0 and b!=c for a,b in g) for p,c in q]
+
+# --- images of all kinds
+
+def ramp16(): return np.linspace(0, 65535, 64*32).reshape(64,32).astype(np.uint16)
+
+@pytest.mark.parametrize('how', ['png','tif','big-endian tif','pgm','jp2','I;16 image','I;16B image'])
+def test_16_bit_grey_is_scaled(how, tmp_path):
+    a,f = ramp16(),tmp_path/f'a.{how[-3:]}'
+    if how=='pgm': f.write_bytes(b'P5 32 64 65535\n'+a.astype('>u2').tobytes())
+    elif how=='big-endian tif': Image.fromarray(a.astype('>u2')).save(f)
+    elif how=='I;16 image': f = Image.fromarray(a)
+    elif how=='I;16B image': f = Image.frombytes('I;16B', (32,64), a.astype('>u2').tobytes())
+    elif how=='jp2': Image.fromarray(a).save(f, irreversible=False)
+    else: Image.fromarray(a).save(f)
+    got = read_image(f, (64,32)).astype(int)
+    assert np.abs(got-a/257).max()<=1 and (got[0]==got[1]).all() and (got[0]==got[2]).all()
+
+def test_deep_colour_is_scaled(tmp_path):
+    "48-bit RGB, which Pillow cannot write, as PPM"
+    a = np.stack([ramp16(), ramp16()[::-1], ramp16()*0+30000], -1)
+    (tmp_path/'a.ppm').write_bytes(b'P6 32 64 65535\n'+a.astype('>u2').tobytes())
+    assert np.abs(read_image(tmp_path/'a.ppm', (64,32)).transpose(1,2,0)-a/257).max()<=1
+
+@pytest.mark.parametrize('mode', ['F','I'])
+def test_unknown_range_is_refused(mode, tmp_path):
+    im = Image.fromarray(ramp16().astype(dict(F=np.float32, I=np.int32)[mode]))
+    im.save(tmp_path/'deep.tif')
+    says(lambda: read_image(tmp_path/'deep.tif', (8,8)), 'deep.tif', f'mode {mode}', '8 bits')
+    says(lambda: read_image(im, (8,8)), f'mode {mode}')
+
+@pytest.mark.parametrize('mode,ext', [('1','png'), ('L','png'), ('P','png'), ('LA','png'), ('RGBA','png'), ('PA',None), ('CMYK','jpg'), ('CMYK','tif'), ('YCbCr','jpg'), ('HSV',None), ('LAB','tif'), ('RGBX',None)])
+def test_every_mode_keeps_its_picture(mode, ext, tmp_path):
+    "Halves of black and white, whose place and brightness no mode may change"
+    a = np.zeros((64,32,3), np.uint8); a[:32] = 255
+    im = Image.fromarray(a)
+    im = Image.fromarray(np.stack([a[...,0], a[...,0]*0, a[...,0]*0], -1), 'LAB') if mode=='LAB' else im.convert('P').convert('PA') if mode=='PA' else im.convert(mode)
+    if ext: im.save(tmp_path/f'a.{ext}'); im = tmp_path/f'a.{ext}'
+    got = read_image(im, (64,32)).transpose(1,2,0).astype(int)
+    assert np.abs(got-a)[list(range(24))+list(range(40,64))].max()<=6
+
+def test_nothing_to_see_is_refused():
+    for a in (np.zeros((0,0,3), np.uint8), np.zeros((0,5,3), np.uint8), np.zeros((4,0), np.uint8)): says(lambda: read_image(a, (8,8)), 'array', a.shape)
+    says(lambda: read_image(Image.new('RGB', (0,0)), (8,8)), '0×0')
+    for a in (np.zeros((3,8,5), np.uint8), np.zeros((8,4,3), np.float32), np.zeros((8,4,3), np.uint16), np.zeros(7, np.uint8), np.zeros((2,8,4,3), np.uint8), np.zeros((8,4,2), np.uint8)):
+        says(lambda: read_image(a, (8,8)), a.shape, a.dtype, '(height, width, 3)')
+    for o in (None, 3, [1], torch.zeros(3,8,8), object()): says(lambda: read_image(o, (8,8)), type(o).__name__)
+
+def test_embedder_refuses_an_empty_array():
+    from reid_fastai.export import Embedder
+    from reid_fastai.models import build_reid_net
+    embed = Embedder(build_reid_net('resnet10t', 1, regions=0, pretrained=False), (64,32))
+    says(lambda: embed(np.zeros((0,0,3), np.uint8)), '(0, 0, 3)')
+    says(lambda: embed([np.full((8,4,3), 9, np.uint8), np.zeros((0,4,3), np.uint8)]), '(0, 4, 3)')
+
+def test_only_regular_files_are_images(tmp_path):
+    import os, socket
+    os.mkfifo(tmp_path/'fifo.jpg')
+    (tmp_path/'folder.jpg').mkdir()
+    with socket.socket(socket.AF_UNIX) as s:
+        os.chdir(tmp_path); s.bind('sock.jpg')  # the path of a socket is short
+    for o,word in (('fifo','pipe'), ('folder','folder'), ('sock','socket'), ('gone','No such file')): says(lambda: read_image(tmp_path/f'{o}.jpg', (8,8)), f'{o}.jpg', word)
+    says(lambda: read_image('/dev/zero', (8,8)), '/dev/zero', 'device')
+    says(lambda: read_image(str(tmp_path/('x'*5000)), (8,8)), 'cannot be read as an image')
+    says(lambda: read_image('a\0b', (8,8)), 'cannot be read as an image')
+    for kind in ('fifo','folder'):
+        m = make_market(tmp_path/kind)
+        f = first((m/'query').glob('*.jpg'))
+        f.unlink()
+        os.mkfifo(f) if kind=='fifo' else f.mkdir()
+        for in_memory in (True,False): says(lambda: make_dls(m, in_memory=in_memory), f.name)
+    own = make_own(tmp_path/'own')
+    os.mkfifo(own/'train'/'bob'/'pipe.jpg')
+    says(lambda: ReIDDataLoaders.from_path(own, **{**KW, 'n_pids':3}), 'pipe.jpg')
+    msmt = tmp_path/'msmt'
+    for o in ('train','test'): (msmt/o).mkdir(parents=True)
+    for o in ('train','val','query','gallery'): os.mkfifo(msmt/f'list_{o}.txt')
+    says(lambda: read_dataset(msmt), 'msmt')
+
+@pytest.mark.parametrize('seed', range(3))
+def test_damaged_images_are_read_or_refused(seed, tmp_path):
+    "Bytes flipped and files cut, in every format: no other exception than ours"
+    rng,good = np.random.default_rng(seed),{}
+    for ext in ('png','jpg','webp','bmp','gif','tif','ppm','tga','ico','jp2'):
+        noise(tmp_path/f'a.{ext}', 0, size=(16,32))
+        good[ext] = (tmp_path/f'a.{ext}').read_bytes()
+    for ext,b in good.items():
+        for i in range(12):
+            x = bytearray(b)
+            for at in rng.integers(0, len(b), 1+i): x[at] = rng.integers(256)
+            if i%3==0: x = x[:rng.integers(len(x))]
+            (tmp_path/f'b.{ext}').write_bytes(x)
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                try: assert read_image(tmp_path/f'b.{ext}', (8,8)).shape==(3,8,8)
+                except ValueError as e: assert type(e) is ValueError and f'b.{ext} cannot be read as an image' in str(e) and len(str(e))<=300 and '\n' not in str(e)
+
+def test_pictures_are_opened_as_training_opens_them(tmp_path):
+    "Sideways and 16 bits deep: a ranked list shows what the network saw"
+    from reid_fastai.interpret import as_image
+    up = Image.fromarray(np.linspace(0, 255, 60*40).reshape(60,40).astype(np.uint8))
+    exif = Image.Exif(); exif[0x0112] = 6
+    up.transpose(Image.Transpose.ROTATE_90).save(tmp_path/'side.png', exif=exif)
+    Image.fromarray(ramp16()).save(tmp_path/'deep.png')
+    for o,size in (('side',(60,40)), ('deep',(64,32))):
+        for f in (tmp_path/f'{o}.png', str(tmp_path/f'{o}.png'), Image.open(tmp_path/f'{o}.png')): assert np.array_equal(as_image(f), read_image(tmp_path/f'{o}.png', size).transpose(1,2,0))
+    says(lambda: as_image(tmp_path/'gone.png'), 'gone.png')
+    assert as_image(np.zeros((4,4,3))).dtype==float and as_image(torch.zeros(3,8,4)).shape==(8,4,3)
+
+# --- folders that are none, and numbers out of all measure
+
+def test_folders_that_cannot_be_read(market, tmp_path, monkeypatch):
+    import os
+    for f in (read_dataset, Market1501, detect_layout): says(lambda: f(tmp_path/('x'*5000)), 'xxx')
+    says(lambda: read_dataset('x'*5000+'.csv'), 'xxx')
+    says(lambda: read_dataset(f'{"x/"*2500}'), 'x/x')
+    says(lambda: read_dataset('/dev/null'), '/dev/null', 'no folder')
+    for o in range(40): (tmp_path/'many'/f'{"long name "*20}{o}').mkdir(parents=True)
+    s = says(lambda: read_dataset(tmp_path/'many'), 'many', *(l.name for l in layouts))
+    for o in range(30): touch(tmp_path/'sets'/(f'market {o}'*3), *(f'{d}/{NAMES[Market1501]}' for d in ('bounding_box_train','query','bounding_box_test')))
+    says(lambda: read_dataset(tmp_path/'sets'), 'holds')
+    says(lambda: Market1501(tmp_path/'sets'), 'holds')
+    m = make_market(tmp_path/'m')
+    noise(m/'query'/f'{"z"*240}.jpg', 0)
+    says(lambda: read_dataset(m), 'zzz', 'is not named like')
+    (m/'query').rename(m/'q'); (m/'query').write_text('')
+    says(lambda: read_dataset(m), 'm')
+    own = make_own(tmp_path/'own')
+    scandir = os.scandir
+    def denied(path):  # root may read everything: the refusal is played
+        if os.fspath(path).endswith(('bounding_box_test','bob')): raise PermissionError(13, 'Permission denied', os.fspath(path))
+        return scandir(path)
+    monkeypatch.setattr(os, 'scandir', denied)
+    says(lambda: read_dataset(market), 'bounding_box_test', 'Permission denied')
+    says(lambda: read_dataset(own), 'bob', 'Permission denied')
+
+def test_a_file_that_may_not_be_read(plain, monkeypatch):
+    import builtins, io
+    root,df = plain
+    df.to_csv(root/'t.csv', index=False)
+    real = io.open
+    def denied(file, *a, **k):
+        if str(file).endswith(('t.csv','00.png')): raise PermissionError(13, 'Permission denied', str(file))
+        return real(file, *a, **k)
+    for m in (builtins, io): monkeypatch.setattr(m, 'open', denied)
+    says(lambda: read_dataset(root/'t.csv'), 't.csv', 'Permission denied')
+    says(lambda: read_image(root/'00.png', (8,8)), '00.png', 'Permission denied')
+
+def test_list_that_is_no_text(tmp_path):
+    for o in ('train','test'): (tmp_path/o).mkdir()
+    for o in ('train','val','query','gallery'): (tmp_path/f'list_{o}.txt').write_bytes(b'\xff\xfe\x00')
+    says(lambda: read_dataset(tmp_path), 'list_train.txt')
+    for o in ('train','val','query','gallery'): (tmp_path/f'list_{o}.txt').write_text('x'*100_000+'\n')
+    says(lambda: read_dataset(tmp_path), 'list_train.txt')
+
+@pytest.mark.parametrize('kw', [dict(size=(100000,100000)), dict(size=(10**20,64)), dict(size=(64.5,32)), dict(size=(float('nan'),32)), dict(size=('64','32')), dict(size=(64,-32)),
+    dict(size=(64,32,3)), *({o: v} for o in ('steps','n_pids','n_imgs','val_bs') for v in (10**20, -1, 0, 2.5, float('nan'), '4')),
+    *(dict(seed=v) for v in (10**20, -1, 2.5, '4', None)), *(dict(num_workers=v) for v in (-1, 10**20, 1.5))])
+def test_numbers_out_of_measure(kw, market, monkeypatch):
+    monkeypatch.setattr(block, 'read_image', lambda *a: pytest.fail('an image was decoded'))
+    says(lambda: make_dls(market, **kw), f'{first(kw)}=', str(first(kw.values()))[:6])
+
+def test_size_that_does_not_fit_says_what_would(market, monkeypatch):
+    monkeypatch.setattr(block, 'free_memory', lambda: 10**9)
+    s = says(lambda: make_dls(market, size=(4000,2000)), 'size=(4000, 2000)', 'GB')
+    h,w = map(int, s.split('about ')[1].split(' ')[0].split('×'))
+    assert abs(h-2*w)<=2 and 500<h<4000
+    says(lambda: make_dls(market, size=(4000,2000), val_bs=1, n_pids=2, in_memory=True), 'in_memory=True', 'GB')
+
+def test_path_is_where_a_learner_keeps_its_files(market, tmp_path):
+    d = make_dls(market, path=tmp_path)
+    assert d.path==tmp_path and d.splits.root==market
+    assert ReIDDataLoaders.from_path(source=market, path=tmp_path, **KW).path==tmp_path
+    assert ReIDDataLoaders.from_df(read_dataset(market).df, market, path=tmp_path, **KW).path==tmp_path
+    assert ReIDDataLoaders.from_splits(read_dataset(market), path=tmp_path, **KW).path==tmp_path
+
+def test_brief():
+    from reid_fastai.core import brief
+    assert brief('abc')=='abc' and brief('a\n b')=='a b' and len(brief('x'*999, 50))==50 and brief('/a/'+'b'*99+'/name.jpg', 40).endswith('name.jpg')
+    assert brief('\udcff.jpg').encode()

@@ -10,7 +10,8 @@ from reid_fastai.data.block import ReIDDataLoaders
 from reid_fastai.data.datasets import read_dataset
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.learner import paper_adam, reid_learner
-from reid_fastai.runs import fit_run, recipes, run_config, train_run
+from reid_fastai.config import RunConfig, recipes
+from reid_fastai.runs import fit_run, train_run
 from reid_fastai.schedules import *
 import reid_fastai.runs as runs
 
@@ -68,8 +69,8 @@ def test_frozen_is_frozen_entirely(splits):
 
 def test_constants():
     "Each has one home; this is what they have to be"
-    cfg = run_config(recipe='paper')
-    assert {k: cfg[k] for k in ('arch','regions','size','n_pids','n_imgs','steps','frozen_epochs','epochs','lr','l2','amplitude','flip')}==dict(
+    cfg = RunConfig(recipe='paper')
+    assert {k: getattr(cfg, k) for k in ('arch','regions','size','n_pids','n_imgs','steps','frozen_epochs','epochs','lr','l2','amplitude','flip')}==dict(
         arch='resnet50', regions=2, size=[384,128], n_pids=16, n_imgs=4, steps=200, frozen_epochs=20, epochs=200, lr=2e-4, l2='adaptive', amplitude=5e-3, flip=True)
     assert paper_adam.keywords==dict(mom=.9, sqr_mom=.999, eps=1e-7, wd=0.)
     assert set(recipes)=={'quick','paper'}
@@ -78,7 +79,7 @@ paper_args = dict(recipe='paper', arch='resnet50', pretrained='none', size='64x3
 
 def test_a_run_passes_through_every_phase(splits, tmp_path):
     "ResNet50 with its replicated stage and regional branch, random weights, few steps"
-    res = train_run(out := tmp_path/'r', splits, run_config(splits.root, **paper_args))
+    res = train_run(out := tmp_path/'r', splits, RunConfig(splits.root, **paper_args))
     table = pd.read_csv(out/'metrics.csv')
     assert len(table)==3 and table.train_loss.notna().all() and table.mAP.notna().tolist()==[True,False,True]  # at the end of each phase
     lam = pd.read_csv(out/'lambdas.csv')
@@ -93,7 +94,7 @@ small_args = {**paper_args, 'arch': 'resnet10t'}
 @pytest.fixture(scope='module')
 def whole(splits, tmp_path_factory):
     out = tmp_path_factory.mktemp('paper')/'whole'
-    return out, train_run(out, splits, run_config(splits.root, **small_args))
+    return out, train_run(out, splits, RunConfig(splits.root, **small_args))
 
 @pytest.mark.parametrize('stop', [1, 2])
 def test_it_goes_on_in_either_phase(whole, splits, stop, tmp_path, monkeypatch):
@@ -105,7 +106,7 @@ def test_it_goes_on_in_either_phase(whole, splits, stop, tmp_path, monkeypatch):
             if Fails.seen==stop+1: raise KeyboardInterrupt
     def interrupted(learn, *args):
         with learn.added_cbs(Fails()): fit_run(learn, *args)
-    cfg = run_config(splits.root, **small_args)
+    cfg = RunConfig(splits.root, **small_args)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(runs, 'fit_run', interrupted)
         train_run(tmp_path/'r', splits, cfg)

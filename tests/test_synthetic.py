@@ -65,3 +65,33 @@ def test_foreign_folder_is_left_alone(tmp_path):
     (tmp_path/'mine').write_text('precious')
     with pytest.raises(ValueError, match='Name another folder'): make_synthetic(tmp_path, tiny=True)
     assert (tmp_path/'mine').read_text()=='precious'
+
+def refused(f, *words):
+    with pytest.raises(ValueError) as e: f()
+    s = str(e.value)
+    assert type(e.value) is ValueError and len(s)<=300 and '\n' not in s and all(o in s for o in words), s
+
+@pytest.mark.parametrize('how', ['empty','gone','extra','folder'])
+def test_damaged_folder_is_not_taken_for_whole(how, tmp_path, monkeypatch):
+    p = make_synthetic(tmp_path/'t', tiny=True)
+    bad = sorted((p/'query').iterdir())[2]
+    if how=='empty': bad.write_bytes(b'')
+    elif how=='gone': bad.unlink()
+    elif how=='folder': (p/'query').rename(p/'elsewhere')
+    else: (p/'query'/'0001_c1s1_000000_99.jpg').write_bytes(b'x')
+    refused(lambda: make_synthetic(p, tiny=True), str(p), 'query/', 'Remove')
+    monkeypatch.setattr(synthetic, 'cache_home', lambda: tmp_path)
+    (p/'synthetic.json').exists() and p.rename(tmp_path/'synthetic-tiny-v1-seed42')
+    again = make_synthetic(tiny=True)  # the cache is ours: what is damaged there is rendered again
+    assert digest(again)==digest(make_synthetic(tmp_path/'other', tiny=True)) and not any(o.name.startswith('.') for o in tmp_path.iterdir())
+
+def test_hostile_arguments(tmp_path):
+    for seed in (-1, 10**20, 2.5, '4', None): refused(lambda: make_synthetic(tmp_path/'t', tiny=True, seed=seed), f'seed={seed}'[:20])
+    for n in (0, -1, 1.5): refused(lambda: make_synthetic(tmp_path/'t', n_jobs=n), f'n_jobs={n}')
+    refused(lambda: make_synthetic(tmp_path/('x'*5000), tiny=True), 'xxx')
+    (tmp_path/'file').write_text('mine')
+    refused(lambda: make_synthetic(tmp_path/'file', tiny=True), 'file')
+    p = make_synthetic(tmp_path/'d', tiny=True)
+    (p/'synthetic.json').write_bytes(b'\xff\xfe')
+    refused(lambda: make_synthetic(p, tiny=True), 'Name another folder')
+    assert not (tmp_path/'t').exists()

@@ -2,4 +2,5 @@ from .datasets import *
 from .synthetic import *
 from .sampler import *
 from .augment import *
+from .image import *
 from .block import *

@@ -7,43 +7,53 @@ __all__ = ['Market1501', 'DukeMTMC', 'CUHK03', 'MSMT17', 'own_folders', 'layouts
            'PidFolders', 'read_numbers', 'read_csv', 'detect_layout', 'read_dataset']
 
 # %% ../../nbs/04_data.datasets.ipynb #b1d03ea9
-import os,re
+import io,os,re,warnings
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import pandas as pd
-from fastai.data.transforms import get_image_files
+from fastai.data.transforms import image_extensions
 from fastcore.all import *
-from ..core import ReIDSplits
+from ..core import ReIDSplits,brief
 
 # %% ../../nbs/04_data.datasets.ipynb #9b3391d1
+@contextmanager
+def _reading(path):
+    "Turn the system's refusal to read `path`, or what is below it, into one sentence"
+    try: yield
+    except OSError as e: raise ValueError(f'{brief(e.filename or path, 140)} cannot be read: {e.strerror or e}.') from e
+
 def _candidates(path):
     "`path` and its subfolders, or a message that says why `path` is no folder"
-    path = Path(path).expanduser()
-    if path.is_file(): raise ValueError(f'{path} is a file. Unpack it, and pass the folder that it unpacks to.')
-    if not path.is_dir(): raise ValueError(f'{path} does not exist. Pass the folder of a Re-ID dataset.')
-    return [path, *(Path(o.path) for o in sorted(os.scandir(path), key=lambda o: o.name) if o.is_dir() and not o.name.startswith('.'))]
+    path = Path(os.path.expanduser(path))
+    if os.path.isfile(path): raise ValueError(f'{brief(path, 140)} is a file. Unpack it, and pass the folder that it unpacks to.')
+    if not os.path.isdir(path): raise ValueError(f'{brief(path, 140)} {"is no folder" if os.path.exists(path) else "does not exist"}. Pass the folder of a Re-ID dataset.')
+    with _reading(path): return [path, *(Path(o.path) for o in sorted(os.scandir(path), key=lambda o: o.name) if o.is_dir() and not o.name.startswith('.'))]
 
 def _listing(path, n=6):
     "The first few entries of folder `path`, in words"
-    names = sorted(os.listdir(path))
-    return ', '.join(names[:n]) + (f', ... ({len(names)} entries)' if len(names)>n else '') if names else 'nothing'
+    with _reading(path): names = sorted(os.listdir(path))
+    return brief(', '.join(names[:n]), 40) + (f', ... ({len(names)} entries)' if len(names)>n else '') if names else 'nothing'
+
+def _names(items): return brief(', '.join(items), 100)
 
 # %% ../../nbs/04_data.datasets.ipynb #8aabe277
 class ReIDLayout:
     "Base of the declarations of benchmarks: finds the root, then reads it"
     needs = ()  # folders and files that must exist below the root
     columns = 'path','pid','camid','split'  # of `_rows`
+    exists = staticmethod(os.path.isdir)  # says whether one of `needs` is there
     def __init__(self, name, published): self.name,self._published = name,published or {}
     def _odd(self, root): "Why `root`, which has all it needs, is still not this layout; or None"; raise NotImplementedError
     def _rows(self, root): "Yield a row of `columns` for each image"; raise NotImplementedError
-    def _missing(self, root): return [o for o in self.needs if not os.path.exists(root/o)]
+    def _missing(self, root): return [o for o in self.needs if not self.exists(root/o)]
     def why_not(self,
         root:Path # Folder to judge
     ) -> str|None: # None if `root` is a dataset of this layout, else what is amiss
         "Say why `root` is not of this layout"
         if miss := self._missing(root): return f'{", ".join(f"`{o}`" for o in miss)} missing'
-        return self._odd(root)
+        with _reading(root): return self._odd(root)
     def __repr__(self): return f'{self.name}: {", ".join(f"`{o}`" for o in self.needs)}'
 
 # %% ../../nbs/04_data.datasets.ipynb #cfba1598
@@ -61,9 +71,11 @@ def find(self:ReIDLayout,
     if self.why_not(cands[0]) is None: return cands[0]
     hits = [o for o in cands if self.why_not(o) is None]
     if len(hits)==1: return hits[0]
-    if hits: raise ValueError(f'{path} holds {len(hits)} datasets of layout {self.name}: {", ".join(o.name for o in hits)}. Pass one of them.')
+    if hits: raise ValueError(f'{brief(path)} holds {len(hits)} datasets of layout {self.name}: {_names(o.name for o in hits)}. Pass one of them.')
     best = min(cands, key=lambda o: len(self._missing(o)))
-    raise ValueError(f'{path} is not {self.name}, nor are its subfolders: {best} has {self.why_not(best)}. Found there: {_listing(best)}.')
+    raise ValueError(f'{brief(best)} is not {self.name}{_nor(cands)}: {brief(self.why_not(best))}. Found there: {_listing(best)}.')
+
+def _nor(cands): return f', nor are the {len(cands)-1} folders beside or below it' if len(cands)>1 else ''
 
 # %% ../../nbs/04_data.datasets.ipynb #fe32bab8
 @patch
@@ -72,9 +84,10 @@ def __call__(self:ReIDLayout,
 ) -> ReIDSplits: # Paths relative to the root
     "Read the dataset in `path`"
     root = self.find(path)
-    df = pd.DataFrame(list(self._rows(root)), columns=self.columns)
-    if empty := [o for o in ('train','query','gallery') if o not in set(df.split)]: raise ValueError(f'{root}: no images for {empty}.')
-    res = ReIDSplits(df, self.name, root)
+    with _reading(root): df = pd.DataFrame(list(self._rows(root)), columns=self.columns)
+    if empty := [o for o in ('train','query','gallery') if o not in set(df.split)]: raise ValueError(f'{brief(root)}: no images for {empty}.')
+    res = ReIDSplits(df, str(root), root)
+    res.name = self.name
     if diffs := {v: _differences(res.counts(), o) for v,o in self.published.items()}:
         version,diff = min(diffs.items(), key=lambda o: len(str(o[1])))
         res.name = root.resolve().name if diff else version
@@ -108,13 +121,13 @@ class FolderLayout(ReIDLayout):
         for d in self.needs:
             nms = list(islice(self._images(root/d), 50))  # enough to tell benchmarks apart; `_rows` checks every name
             if not nms: return f'no {"/".join(self.exts)} image in `{d}`'
-            if not any(map(self.regex.match, nms)): return f'`{d}/{nms[0]}`, which is not named like {self.example}'
+            if not any(map(self.regex.match, nms)): return f'`{d}/{brief(nms[0], 30)}` is not named like {self.example}'
 
     def _rows(self, root):
         for split,d in self.folders.items():
             for nm in sorted(self._images(root/d)):
                 if (m := self.regex.match(nm)) is None:
-                    raise ValueError(f'{root/d/nm} is not named like {self.example}. Move it out of the way if it is no part of {self.name}.')
+                    raise ValueError(f'{brief(root/d/nm, 140)} is not named like {self.example}. Move it out of the way if it is no part of {self.name}.')
                 yield f'{d}/{nm}', int(m['pid']), int(m['camid']), split
 
 # %% ../../nbs/04_data.datasets.ipynb #d5b3f84a
@@ -134,6 +147,7 @@ CUHK03 = FolderLayout('CUHK03-NP', _boxes, r'(?P<pid>\d+)_c(?P<camid>\d+)_\d+\.'
 # %% ../../nbs/04_data.datasets.ipynb #c5926827
 class ListLayout(ReIDLayout):
     "A benchmark whose splits are lists of `file identity`, numbered from 0 in training and again in testing"
+    exists = staticmethod(os.path.isfile)
     def __init__(self,
         name:str, # What the benchmark is called
         lists:dict, # Split -> names of its list files
@@ -149,7 +163,7 @@ class ListLayout(ReIDLayout):
 
     def _pair(self, root): return first(self.folders, lambda o: all(os.path.isdir(root/p) for p in o))
     def _odd(self, root):
-        if self._pair(root) is None: return f'none of the pairs of image folders {self.folders}'
+        if self._pair(root) is None: return f'none of the pairs of image folders {self.folders} is there'
 
     def _rows(self, root):
         train,test = self._pair(root)
@@ -157,10 +171,10 @@ class ListLayout(ReIDLayout):
         for split,fs in self.lists.items():
             shift = 1 if split=='train' else 1+n_train
             for f in fs:
-                for line in (root/f).read_text().splitlines():
+                for line in (root/f).read_text(encoding='utf-8', errors='replace').splitlines():
                     nm,_,pid = line.rpartition(' ')
-                    if (m := self.regex.match(nm)) is None or not pid.isdigit():
-                        raise ValueError(f'{root/f}: the line {line!r} is not of the form `{self.example} 0`.')
+                    if (m := self.regex.match(nm)) is None or not re.fullmatch(r'\d{1,18}', pid):
+                        raise ValueError(f'{brief(root/f)}: the line {brief(line, 60)!r} is not of the form `{self.example} 0`.')
                     if split=='train': n_train = max(n_train, int(pid)+1)
                     yield f'{train if split=="train" else test}/{nm}', int(pid)+shift, int(m['camid']), split
 
@@ -170,18 +184,25 @@ MSMT17 = ListLayout('MSMT17', dict(train=['list_train.txt','list_val.txt'], quer
     {'MSMT17': dict(train=(32_621, 1_041, 15, 0, 0), query=(11_659, 3_060, 15, 0, 0), gallery=(82_161, 3_060, 15, 0, 0))})
 
 # %% ../../nbs/04_data.datasets.ipynb #64d33b34
+def _images_below(d):
+    "Image files below folder `d`; unlike fastai's `get_image_files`, a folder that cannot be read is an error and no empty folder"
+    def stop(e): raise e
+    for p,ds,fs in os.walk(d, followlinks=True, onerror=stop):
+        ds[:] = [o for o in ds if not o.startswith('.')]
+        yield from (Path(p)/o for o in fs if not o.startswith('.') and os.path.splitext(o)[1].lower() in image_extensions)
+
 class PidFolders(ReIDLayout):
     "Images in `train`, `query` and `gallery`, in a folder for each identity"
     needs,columns = ('train','query','gallery'),('path','pid','split')
     def _odd(self, root):
         for split in self.needs:
-            if not any(get_image_files(o, recurse=True) for o in (root/split).iterdir() if o.is_dir()): return f'no images in folders `{split}/<pid>`'
+            if not any(first(_images_below(o)) for o in (root/split).iterdir() if o.is_dir()): return f'no images in folders `{split}/<pid>`'
 
     def _rows(self, root):
         for split in self.needs:
-            for f in sorted(get_image_files(root/split)):
+            for f in sorted(_images_below(root/split)):
                 pid,*rest = f.relative_to(root/split).parts
-                if not rest: raise ValueError(f'{f} is in no folder that says who it shows. Move it to {split}/<pid>/.')
+                if not rest: raise ValueError(f'{brief(f, 140)} is in no folder that says who it shows. Move it to {split}/<pid>/.')
                 yield str(f.relative_to(root)), pid, split
 
 own_folders = PidFolders('Folders', {})
@@ -190,23 +211,48 @@ own_folders = PidFolders('Folders', {})
 def read_numbers(
     df:pd.DataFrame # Table of images
 ) -> pd.DataFrame: # A copy in which `pid` and `camid` that are whole numbers written as text are numbers, so that -1 is junk and 0 a distractor
-    "Tell numbers from names: '7' is a number, but beside '07' or 'anna' it is a name"
+    "Tell numbers from names: '7' and '7.0' are a number, but beside '07' or 'anna' they are names"
     def f(o):
-        s = o.str.strip()
-        return s.astype('int64') if s.str.fullmatch(r'-?\d+').all() and s.nunique()==s.astype('int64').nunique() else o
-    return df.assign(**{c: f(df[c]) for c in ('pid','camid') if c in df and df[c].map(type).eq(str).all()})
+        s = o.str.strip().str.replace(r'\.0*$', '', regex=True).str.replace(r'^-(0+)$', r'\1', regex=True)
+        return s.astype('int64') if s.str.fullmatch(r'-?\d{1,18}').all() and s.nunique()==s.astype('int64').nunique() else o
+    if not isinstance(df, pd.DataFrame) or not len(df): return df  # `ReIDSplits` refuses it
+    return df.assign(**{c: f(df[c]) for c in ('pid','camid') if c in df and df[c].ndim==1 and df[c].map(type).eq(str).all()})
 
 # %% ../../nbs/04_data.datasets.ipynb #37a97557
+_seps = {',':'commas', ';':'semicolons', '\t':'tabs', '|':'vertical bars'}
+_known = 'path','pid','camid','split'
+
+def _plain(column): return column.strip().strip('"').strip().lower()
+
+def _parse(text):
+    "Table in `text`, and what is unusual about it → columns of text, a list of phrases"
+    head = re.split(r'[\r\n]', text.lstrip('\r\n'), maxsplit=1)[0]
+    sep = max(_seps, key=lambda o: len({*map(_plain, head.split(o))} & {*_known}))
+    columns = [o for o in head.split(sep) if _plain(o) in _known]
+    if twice := [o for o in _known if [*map(_plain, columns)].count(o)>1]: raise ValueError(f'the header has column {twice[0]!r} twice')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', pd.errors.ParserWarning)  # rows that are longer than the header
+        df = pd.read_csv(io.StringIO(text), sep=sep, dtype=str, skipinitialspace=True, index_col=False)
+    df = df.rename(columns={o: _plain(o) for o in df if _plain(o) in _known})
+    for o in _known:
+        if o in df: df[o] = (s := df[o].str.strip()).mask(s=='')
+    odd = [f'{o!r} is `{_plain(o)}`' for o in (o.removeprefix('"').removesuffix('"') for o in columns) if o!=_plain(o)]
+    return df, ([f'columns are separated by {_seps[sep]}'] if sep!=',' else []) + odd
+
 def read_csv(
     path:str|Path # File with columns `path`, `pid`, `split` ('train', 'query' or 'gallery') and, if known, `camid`
 ) -> ReIDSplits: # Paths relative to the folder of the file
     "Read a table of images"
-    path = Path(path).expanduser()
-    try: df = pd.read_csv(path, dtype=str)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e: raise ValueError(f'{path} cannot be read as a table: {e}') from e
-    res = ReIDSplits(read_numbers(df), path.stem, path.parent)
-    if gone := [o for o in res.df.path if not (path.parent/o).is_file()]:
-        raise ValueError(f'{path}: {len(gone)} of {len(df)} images do not exist, such as {path.parent/gone[0]}. Paths are relative to the folder of the table.')
+    path = Path(os.path.expanduser(path))
+    with _reading(path): data = path.read_bytes()
+    if b'\0' in data: raise ValueError(f'{brief(path)} holds NUL bytes, so it is no text, or text in UTF-16. Save the table as CSV in UTF-8.')
+    try: df,odd = _parse(data.decode('utf-8-sig'))
+    except UnicodeDecodeError as e: raise ValueError(f'{brief(path)} is no text in UTF-8: byte {e.start} is {data[e.start]:#x}. Save the table as CSV in UTF-8.') from e
+    except (ValueError, pd.errors.ParserWarning) as e: raise ValueError(f'{brief(path)} cannot be read as a table: {brief(e, 140)}.') from e
+    res = ReIDSplits(read_numbers(df), str(path), path.parent, [f'{path.name}: {", ".join(odd)}.'] if odd else [])
+    res.name = path.stem
+    if gone := [o for o in res.df.path if not os.path.isfile(path.parent/o)]:
+        raise ValueError(f'{brief(path)}: {len(gone)} of {len(df)} images {"are no files" if os.path.exists(path.parent/gone[0]) else "do not exist"}, such as {brief(path.parent/gone[0])}. Paths are relative to the folder of the table.')
     return res
 
 # %% ../../nbs/04_data.datasets.ipynb #1d511013
@@ -219,11 +265,10 @@ def detect_layout(
     cands = _candidates(path)
     for cs in (cands[:1], cands[1:]):
         hits = [(l,c) for c in cs for l in layouts if l.why_not(c) is None]
-        if len(hits)>1: raise ValueError(f'{path} holds {len(hits)} datasets: {", ".join(f"{c.name} ({l.name})" for l,c in hits)}. Pass one of them.')
+        if len(hits)>1: raise ValueError(f'{brief(path)} holds {len(hits)} datasets: {_names(f"{c.name} ({l.name})" for l,c in hits)}. Pass one of them.')
         if hits: return hits[0][0]
-    best = min(cands, key=lambda o: min(len(l._missing(o)) for l in layouts))
-    looked = '\n'.join(f'- {l.name}: {l.why_not(best)}' for l in layouts)
-    raise ValueError(f'{path} has no known layout, nor have its subfolders. Looked for, and found amiss in {best}:\n{looked}\n'
+    best,near = min(((c,l) for c in cands for l in layouts), key=lambda o: len(o[1]._missing(o[0])))
+    raise ValueError(f'{brief(best, 55)} has no known layout ({", ".join(l.name for l in layouts)}). Nearest is {near.name}: {brief(near.why_not(best), 60)}. '
                      f'Found there: {_listing(best)}.')
 
 # %% ../../nbs/04_data.datasets.ipynb #287d06f2
@@ -231,5 +276,5 @@ def read_dataset(
     path:str|Path # Root of a dataset, the folder that holds the root, or a CSV file
 ) -> ReIDSplits: # Paths relative to the root
     "Read the dataset in `path`: a table, or whichever of the known `layouts` it has"
-    if Path(path).suffix.lower()=='.csv' and Path(path).expanduser().is_file(): return read_csv(path)
+    if Path(path).suffix.lower() in ('.csv','.tsv') and os.path.isfile(os.path.expanduser(path)): return read_csv(path)
     return detect_layout(path)(path)

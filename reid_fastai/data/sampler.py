@@ -12,6 +12,8 @@ from math import ceil
 import numpy as np
 from fastcore.all import *
 
+from ..core import check_int
+
 # %% ../../nbs/06_data.sampler.ipynb #e0085cdd
 def draws(
     rng:np.random.Generator, # Where chance comes from
@@ -33,16 +35,14 @@ class PKSampler:
         steps:int|None=None, # Batches in an epoch; None: so many that an epoch has about as many images as there are
         seed:int=42 # What the order follows from, with the number of the epoch
     ):
-        if n_pids<1 or n_imgs<1: raise ValueError(f'n_pids={n_pids} and n_imgs={n_imgs}: a batch needs at least one identity and one image.')
-        store_attr('n_pids,n_imgs,seed')
+        self.n_pids,self.n_imgs,self.seed = check_int('n_pids', n_pids, 1),check_int('n_imgs', n_imgs, 1),check_int('seed', seed)
         pids = np.asarray(pids)
         self.vocab,counts = np.unique(pids, return_counts=True)
         rows = np.split(np.argsort(pids, kind='stable'), counts.cumsum()[:-1])
         self.rows = [r for r in rows if len(r)>=n_imgs]  # of the eligible identities
         self.left_out = dict(zip(self.vocab[counts<n_imgs].tolist(), counts[counts<n_imgs].tolist()))  # identity -> images
         self._check()
-        self.steps = ifnone(steps, max(1, sum(map(len, self.rows))//self.bs))
-        if self.steps<1: raise ValueError(f'steps={steps}: an epoch needs at least one batch.')
+        self.steps = check_int('steps', ifnone(steps, max(1, sum(map(len, self.rows))//self.bs)), 1, 10**8//self.bs)  # row numbers of an epoch are held in memory
 
     @property
     def bs(self): "Images in a batch"; return self.n_pids*self.n_imgs

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image,ImageFilter
 from fastcore.all import *
 
-from ..core import DISTRACTOR_PID,JUNK_PID,atomic_dir,cache_home,progress
+from ..core import DISTRACTOR_PID,JUNK_PID,progress
+from ..files import atomic_dir,cache_home
 
 # %% ../../nbs/05_data.synthetic.ipynb #80b1960f
 _cloth = np.array([(25,25,30),(60,60,66),(120,122,125),(225,225,222),(28,38,80),(60,100,170),(150,30,35),(190,150,90),(60,85,50),(225,190,60),(120,70,110),(90,60,40)])/255
@@ -244,6 +245,8 @@ def render_pedestrian(
     return _develop(img, camera, r, size)
 
 # %% ../../nbs/05_data.synthetic.ipynb #074fe723
+from ..core import brief,check_int
+
 _version = 1  # of the pictures: to be raised when the same seed gives other bytes
 _full = dict(size=(128,64), train=150, per_train=16, test=100, queries=3, per_test=12, distractors=250, junk=50)
 _tiny = dict(size=(64,32), train=10, per_train=6, test=6, queries=1, per_test=4, distractors=4, junk=2)
@@ -297,6 +300,14 @@ def _render(root, d, seed, n_jobs):
         warnings.simplefilter('ignore', DeprecationWarning)
         for _ in progress(ex.map(f, chunks), 'Rendering pedestrians', len(chunks)): pass
 
+def _amiss(path, d, seed):
+    "What is amiss with a folder that was rendered, or None"
+    want = {o.name for o in _shots(d, seed)}
+    have = {f'{o}/{f.name}': f.stat().st_size for o in ('bounding_box_train','query','bounding_box_test') if (path/o).is_dir()
+            for f in os.scandir(path/o) if f.name.endswith('.jpg')}
+    if bad := sorted(o for o in want if not have.get(o)): return f'{len(bad)} of {len(want)} images are missing or empty, such as {bad[0]}'
+    if odd := sorted(have.keys()-want): return f'{len(odd)} images do not belong there, such as {brief(odd[0], 60)}'
+
 def make_synthetic(
     path:str|Path|None=None, # Folder to make; None: one in the cache folder
     tiny:bool=False, # 110 images of 64×32 px instead of 4,200 of 128×64
@@ -304,18 +315,25 @@ def make_synthetic(
     n_jobs:int|None=None # Processes; None: one a core
 ) -> Path: # The folder, with `bounding_box_train`, `query` and `bounding_box_test`
     "Render a benchmark of people who do not exist, unless it is there already"
-    if seed<0: raise ValueError(f'seed={seed}: it must be 0 or more.')
-    d = dict(_tiny if tiny else _full, seed=seed, version=_version)
+    seed,n_jobs = check_int('seed', seed),check_int('n_jobs', ifnone(n_jobs, os.cpu_count() or 1), 1, 1024)
+    d,cached = dict(_tiny if tiny else _full, seed=seed, version=_version),path is None
     path = Path(ifnone(path, cache_home()/f'synthetic{"-tiny" if tiny else ""}-v{_version}-seed{seed}'))
     note = json.dumps(d)
-    def done(): return (path/'synthetic.json').exists() and (path/'synthetic.json').read_text()==note
-    if done(): return path
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f'{path} exists and is not the benchmark asked for ({note}). Name another folder, or remove this one.')
+    def done():
+        try: return (path/'synthetic.json').read_bytes()==note.encode()
+        except OSError: return False
     try:
+        if done():
+            if (why := _amiss(path, d, seed)) is None: return path
+            if not cached: raise ValueError(f'{brief(path)}: {why}. Remove the folder, and it is rendered again.')
+            shutil.rmtree(path)
+        elif os.path.exists(path) and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f'{brief(path)} exists and is not the benchmark asked for ({"tiny, " if tiny else ""}seed {seed}, version {_version}). Name another folder, or remove this one.')
         with atomic_dir(path) as tmp:
-            _render(tmp, d, seed, 1 if tiny else ifnone(n_jobs, os.cpu_count() or 1))
+            _render(tmp, d, seed, 1 if tiny else n_jobs)
             (tmp/'synthetic.json').write_text(note)
-    except OSError:
-        if not done(): raise  # another process may have finished the same benchmark meanwhile
+    except (OSError,ValueError) as e:
+        if done() and _amiss(path, d, seed) is None: return path  # another process has finished the same benchmark meanwhile
+        if isinstance(e, OSError): raise ValueError(f'{brief(path)} cannot be made: {e.strerror or e}. Name another folder.') from e
+        raise
     return path

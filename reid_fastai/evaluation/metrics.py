@@ -6,19 +6,19 @@
 __all__ = ['count_ranks', 'RetrievalResults']
 
 # %% ../../nbs/10_evaluation.metrics.ipynb #c02f2009
-import json,warnings
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import safetensors.torch,torch
+import torch
 from fastcore.all import *
-from safetensors import SafetensorError,safe_open
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..core import DISTRACTOR_PID,JUNK_PID,atomic_write,progress
+from ..core import DISTRACTOR_PID,JUNK_PID,progress
+from ..files import load_tensors,save_tensors
 from .distances import Distances,TopK,as_feats,topk_keys
 
 # %% ../../nbs/10_evaluation.metrics.ipynb #746ffed8
@@ -94,6 +94,8 @@ def _not_junk(g_pids):
     return np.arange(len(g_pids)) if g_pids.dtype.kind=='U' else (g_pids!=JUNK_PID).nonzero()[0]
 
 # %% ../../nbs/10_evaluation.metrics.ipynb #e7c01772
+from ..core import count_matches
+
 @patch
 def _lookup(self:RetrievalResults):
     "Find images of each query's identity, and how many of them match"
@@ -105,8 +107,7 @@ def _lookup(self:RetrievalResults):
         warnings.warn(f'{none.sum()} of {len(self)} queries have pid {JUNK_PID} or {DISTRACTOR_PID}, which mark junk and distractors: '
                       'they have nobody to find and are skipped. Identities are numbered from 1.')
         self._n[none] = 0
-    row,_,match = self._same_pid(slice(0, len(self)))
-    self.n_matches = torch.bincount(row[match], minlength=len(self)).cpu().numpy()
+    self.n_matches = count_matches(*(pd.DataFrame({k: v.cpu().numpy() for k,v in zip(('pid','camid'), o)}) for o in (self._q,self._g)))
     if not self.n_matches.any(): raise ValueError(
         f'None of the {len(self)} queries has a match among {len(g_pids)} gallery images (junk apart): no image of its identity from another camera. '
         f'Queries have pids {_few(self.q_pids)} and camids {_few(self.q_camids)}; the gallery has {_few(self.g_pids)} and {_few(self.g_camids)}.')
@@ -321,7 +322,7 @@ def is_match(self:RetrievalResults,
     return bool(self.g_pids[g]==self.q_pids[q] and self.g_pids[g] not in (JUNK_PID, DISTRACTOR_PID))
 
 # %% ../../nbs/10_evaluation.metrics.ipynb #e267ebc3
-_format,_readers = 'reid_fastai.retrieval.1',{} # readers of distances by class name
+_format,_readers = 'reid_fastai.retrieval.2',{} # readers of distances by class name
 _readers['Distances'] = lambda tensors,meta: Distances(tensors['q'], tensors['g'], meta['metric'], meta['chunk_size'])
 
 @patch
@@ -341,18 +342,14 @@ def save(self:RetrievalResults,
     labels = {o: getattr(self, o) for o in _label_names}
     tensors = {**tensors, 'ranks': torch.as_tensor(self.ranks), **{k: torch.as_tensor(v) for k,v in labels.items() if v.dtype.kind!='U'}}
     meta = dict(meta, dists=type(self.dists).__name__, labels={k: v.tolist() for k,v in labels.items() if v.dtype.kind=='U'})
-    atomic_write(path, safetensors.torch.save({k: v.cpu().contiguous() for k,v in tensors.items()}, dict(format=_format, meta=json.dumps(meta))))
+    save_tensors(path, tensors, dict(meta, format=_format))
 
 @patch(cls_method=True)
 def load(cls:RetrievalResults,
     path:str|Path # File that `save` has written
 ) -> RetrievalResults: # As it was saved, on the CPU
     "Read from `path`"
-    try:
-        with safe_open(path, 'pt') as f: meta,tensors = f.metadata() or {},{k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e: raise ValueError(f'{path} is damaged, or no safetensors file: {e}') from e
-    if meta.get('format')!=_format:
-        raise ValueError(f"{path} holds {meta.get('format')!r}, not {_format!r}: it was not written by `RetrievalResults.save`.")
-    meta = json.loads(meta['meta'])
+    tensors,meta = load_tensors(path)
+    if meta.get('format')!=_format: raise ValueError(f"{path} holds {meta.get('format')!r}, not {_format!r}: it was not written by `RetrievalResults.save`.")
     labels = [np.array(meta['labels'][o]) if o in meta['labels'] else tensors[o].numpy() for o in _label_names]
     return cls(_readers[meta['dists']](tensors, meta), *labels, ranks=tensors['ranks'].numpy())

@@ -1,0 +1,211 @@
+"How commands end: what they refuse, what they keep, and what they leave behind"
+import errno, io, json, os, shutil, signal, sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd, pytest, torch
+
+from reid_fastai import cli, files, runs
+from reid_fastai.cli import reid_compare, reid_eval, reid_train
+from reid_fastai.config import RunConfig, read_config
+from reid_fastai.data.datasets import read_dataset
+from reid_fastai.data.synthetic import make_synthetic
+from reid_fastai.files import *
+from reid_fastai.shell import Patient, Terminated, one_line, run_command
+
+tiny = ['--arch', 'resnet10t', '--pretrained', 'none', '--size', '64x32', '--n-pids', '4', '--epochs', '2', '--steps', '2']
+pos = dict(reid_train=['data'], reid_eval=['run','data'], reid_compare=['data'])
+
+@pytest.fixture(scope='module')
+def data(): return str(make_synthetic(tiny=True))
+
+@pytest.fixture
+def shell(capsys):
+    "Runs a command in this process"
+    def f(func, *args):
+        capsys.readouterr()
+        code = run_command(func.__wrapped__, [str(a) for a in args], func.__name__.replace('_','-'), pos[func.__name__])
+        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+    return f
+
+@pytest.fixture(scope='module')
+def done(data, tmp_path_factory):
+    "A complete run"
+    out = tmp_path_factory.mktemp('done')/'run'
+    assert run_command(reid_train.__wrapped__, [data, '--out', str(out), *tiny], 'reid-train', ['data'])==0
+    return out
+
+@pytest.fixture
+def run(done, tmp_path): return Path(shutil.copytree(done, tmp_path/'run'))
+
+@pytest.fixture
+def cut(data, tmp_path, monkeypatch):
+    "A run that was interrupted after its first epoch"
+    class Stop:
+        def __init__(self, f): self.f = f
+        def __call__(self, cp):
+            self.f(cp)
+            raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(runs.Checkpoint, '_write', lambda cp, f=runs.Checkpoint._write: Stop(f)(cp))
+        assert run_command(reid_train.__wrapped__, [data, '--out', str(tmp_path/'cut'), *tiny], 'reid-train', ['data'])==130
+    return tmp_path/'cut'
+
+def refused(res, *words):
+    assert res.code==2 and res.err.count('\n')==1 and len(res.err)<=320 and 'Traceback' not in res.err, res.err
+    for w in words: assert w in res.err, res.err
+
+def figures(out): return {k: v for k,v in read_json(out/'results.json').items() if 'second' not in k and k!='files'}
+
+# ---- folders
+
+def test_a_folder_is_held_by_one_process(cut, shell):
+    with hold_folder(cut): refused(shell(reid_train, '--resume', cut), 'in use by process', str(os.getpid()))
+    assert shell(reid_train, '--resume', cut).code==0
+
+def test_of_two_starts_on_one_folder_the_second_is_refused(data, tmp_path, shell, monkeypatch):
+    "Both passed all checks before either made the folder"
+    def slow(*args, f=runs.make_learner, **kw):
+        if not (tmp_path/'r').exists(): (tmp_path/'r').mkdir(); write_json(tmp_path/'r'/'config.json', dict(of='the other'))
+        return f(*args, **kw)
+    monkeypatch.setattr(runs, 'make_learner', slow)
+    refused(shell(reid_train, data, '--out', tmp_path/'r', *tiny), 'exists already')
+    assert read_json(tmp_path/'r'/'config.json')==dict(of='the other') and len(list(tmp_path.iterdir()))==1
+
+def test_a_folder_is_of_one_kind(run, data, shell):
+    before = {o.name: o.read_bytes() for o in run.iterdir()}
+    refused(shell(reid_compare, data, '--out', run, *tiny), 'holds a training run')
+    refused(shell(reid_eval, run, '--out', run), 'holds a training run')
+    refused(shell(reid_train, data, '--out', run, *tiny), 'exists already')
+    assert before=={o.name: o.read_bytes() for o in run.iterdir()}
+
+def test_leavings_of_a_killed_process_are_removed(cut, shell):
+    (cut/'.checkpoint.pth.abc.tmp').write_bytes(b'half')
+    assert shell(reid_train, '--resume', cut).code==0 and not list(cut.glob('.*.tmp'))
+
+def test_a_run_knows_its_data_wherever_it_goes_on(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(data).parent)
+    assert RunConfig(Path(data).name).data==data and RunConfig('~/x').data==os.path.expanduser('~/x')
+
+# ---- damage
+
+@pytest.mark.parametrize('name', ['config.json','results.json','metrics.csv','lambdas.csv','model.safetensors'])
+@pytest.mark.parametrize('how', ['flip','cut','empty','gone'])
+def test_damage_is_named(name, how, run, shell):
+    f = run/name
+    data = bytearray(f.read_bytes())
+    if how=='flip': data[len(data)*2//3] ^= 4
+    f.write_bytes(dict(flip=data, cut=data[:len(data)//2], empty=b'', gone=b'')[how])
+    if how=='gone': f.unlink()
+    for res in (shell(reid_eval, run), shell(reid_train, '--resume', run)):
+        if (name,how)==('results.json','gone') and res.code==0: continue  # the run counts as interrupted, and its end is done again
+        if name=='config.json' and how=='gone': refused(res, 'config.json')
+        else: refused(res, name)
+
+@pytest.mark.parametrize('at', [.1, .5, .9])
+def test_a_damaged_checkpoint_is_refused(at, cut, shell):
+    data = bytearray((cut/'checkpoint.pth').read_bytes())
+    data[int(at*len(data))] ^= 1
+    (cut/'checkpoint.pth').write_bytes(data)
+    refused(shell(reid_train, '--resume', cut), 'checkpoint.pth')
+
+def test_tables_of_an_interrupted_run_are_written_anew(cut, done, shell):
+    for f in ('metrics.csv','lambdas.csv'): (cut/f).write_text('damaged')
+    assert shell(reid_train, '--resume', cut).code==0
+    assert (cut/'lambdas.csv').read_bytes()==(done/'lambdas.csv').read_bytes() and figures(cut)==figures(done)
+
+def test_a_pickle_is_not_run(cut, tmp_path, shell):
+    import pickle
+    class Evil:
+        def __reduce__(self): return os.system, (f'touch {tmp_path}/touched',)
+    for data in (pickle.dumps(Evil()), seal(pickle.dumps(Evil()))):
+        (cut/'checkpoint.pth').write_bytes(data)
+        refused(shell(reid_train, '--resume', cut), 'checkpoint.pth')
+    assert not (tmp_path/'touched').exists()
+
+# ---- ends
+
+def test_interruption_says_how_to_go_on(cut, done, shell, monkeypatch, capsys):
+    monkeypatch.setattr(runs, 'fit_run', lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    res = shell(reid_train, '--resume', cut)
+    assert res.code==130 and res.err.splitlines()==['reid-train: interrupted', f'reid-train: The run is kept in {cut}; `reid-train --resume {cut}` goes on.']
+    monkeypatch.setattr(runs, 'fit_run', lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert shell(reid_train, '--resume', cut).code==143
+    monkeypatch.undo()
+    assert shell(reid_train, '--resume', cut).code==0 and figures(cut)==figures(done)
+
+def test_a_full_disk_is_said(cut, done, shell, monkeypatch):
+    def full(fd): raise OSError(errno.ENOSPC, 'No space left on device')
+    with monkeypatch.context() as m:
+        m.setattr(os, 'fsync', full)
+        refused(shell(reid_train, '--resume', cut), '.held_by.json', 'No space left')
+    n = 0
+    def later(fd):
+        nonlocal n
+        n += 1
+        if n>3: full(fd)
+    with monkeypatch.context() as m:
+        m.setattr(os, 'fsync', later)
+        res = shell(reid_train, '--resume', cut)
+        refused(res, str(cut), 'No space left', 'MB are free', '--resume')
+    assert shell(reid_train, '--resume', cut).code==0 and figures(cut)==figures(done)
+
+def test_output_is_no_reason_to_lose_a_run(data, tmp_path, monkeypatch):
+    "The reader of stdout goes away at once, and the terminal knows no λ"
+    r,w = os.pipe()
+    os.close(r)
+    monkeypatch.setattr(sys, 'stdout', open(w, 'w', encoding='cp1252'))
+    assert run_command(reid_train.__wrapped__, [data, '--out', str(tmp_path/'r'), *tiny], 'reid-train', ['data'])==0
+    raw = io.BytesIO()
+    print('λ', file=Patient(stream := io.TextIOWrapper(raw, 'cp1252')))
+    assert raw.getvalue()==b'?\n' and (tmp_path/'r'/'results.json').exists()
+
+def test_divergence_ends_a_run(data, tmp_path, shell):
+    refused(shell(reid_train, data, '--out', tmp_path/'r', *tiny, '--lr', '1e30'), 'diverged', 'lr')
+
+def test_messages_are_one_line():
+    assert len(one_line('x'*10_000))<=300 and '\n' not in one_line('a\nb') and one_line('short')=='short'
+
+# ---- options
+
+@pytest.mark.parametrize('opt', ['epochs','seed','steps','n_pids','n_imgs','eval_every','frozen_epochs','regions'])
+@pytest.mark.parametrize('v', [-1, 10**20, 1.5, True])
+def test_numbers_have_bounds(opt, v):
+    with pytest.raises(ValueError, match=opt): RunConfig(**{opt: v})
+
+@pytest.mark.parametrize('func,args,words', [
+    (reid_train, ['--resume', ''], ["resume=''", 'unset']), (reid_train, [''], ["data=''"]), (reid_train, ['--pretrained', ''], ["pretrained=''"]),
+    (reid_train, ['--lr', 'inf'], ['lr=inf']), (reid_train, ['--size', '100000x100000'], ['size']), (reid_train, ['--l2', 'annealed'], ["'none'"]),
+    (reid_train, ['--device', 'cuda:77'], ['device']), (reid_train, ['--workers', '-3'], ['workers']), (reid_train, ['/a'*2500], ['/a/a']),
+    (reid_train, ['--epochs', 'ten'], ['--epochs', '--help']), (reid_train, ['--no-such-option'], ['--no-such-option']),
+    (reid_compare, ['--arms', 'none', 'none'], ['none', 'once']), (reid_compare, ['--factors', '-1', '--amplitudes', '1'], ['factor']), (reid_compare, ['--amplitudes', '1e-3', '0', '1'], ['amplitude']),
+    (reid_compare, ['--tune-pids', '2'], ['identities']), (reid_compare, ['--seeds', '0'], ['seeds=0'])])
+def test_bad_options_are_refused_before_anything_is_trained(func, args, words, data, tmp_path, shell, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, 'fit_run', lambda *_: pytest.fail('it trains'))
+    args = args if func is reid_train and not args[0].startswith('-') else [data, *args]
+    refused(shell(func, *([] if '--size' in args else tiny[4:6]), *tiny[:4], '--n-pids', '4', *args), *words)
+    assert not list(tmp_path.iterdir())
+
+def test_switches(done, shell, tmp_path):
+    assert shell(reid_eval, done, '--flip').out==shell(reid_eval, done).out!=shell(reid_eval, done, '--no-flip').out
+    assert shell(reid_eval, done, '--quiet').out==''
+    with pytest.raises(SystemExit) as e: shell(reid_eval, '--version')
+    assert not e.value.code
+
+def test_eval_keeps_figures_and_picture(done, shell, tmp_path):
+    res = shell(reid_eval, done, '--out', tmp_path/'e', '--csv', tmp_path/'q.csv')
+    ev,q = read_json(tmp_path/'e'/'evaluation.json'),pd.read_csv(tmp_path/'q.csv')
+    assert res.code==0 and ev['mAP']==figures(done)['mAP']==pytest.approx(q.AP.mean(), abs=1e-3) and (tmp_path/'e'/'ranked.png').stat().st_size>1000
+    refused(shell(reid_eval, done, '--csv', done/'model.safetensors'), 'file of the model')
+    refused(shell(reid_eval, done, '--csv', tmp_path/'x', '--features', tmp_path/'.'/'x'), 'file of csv')
+
+def test_a_complete_run_says_how_to_train_on(done, shell):
+    refused(shell(reid_train, '--resume', done, '--epochs', '20'), 'complete', '--pretrained')
+    assert shell(reid_train, '--resume', done).code==0
+
+def test_rows_stay_aligned(capsys):
+    show = runs.row_printer()
+    for v in (1e-30, -123456.789, float('nan'), 12.5): show(dict(epoch=1, train_loss=v, mAP=v))
+    lines = capsys.readouterr().out.splitlines()
+    assert len({len(l) for l in lines})==1 and 'nan' not in ' '.join(lines)
