@@ -609,6 +609,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'reid_fastai/experiments.py'),
                                          'reid_fastai.experiments.Comparison._tunes': ( 'experiments.html#comparison._tunes',
                                                                                         'reid_fastai/experiments.py'),
+                                         'reid_fastai.experiments.Comparison._write': ( 'experiments.html#comparison._write',
+                                                                                        'reid_fastai/experiments.py'),
                                          'reid_fastai.experiments.Comparison.run': ( 'experiments.html#comparison.run',
                                                                                      'reid_fastai/experiments.py'),
                                          'reid_fastai.experiments.Comparison.runs': ( 'experiments.html#comparison.runs',

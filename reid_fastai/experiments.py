@@ -115,12 +115,16 @@ def _train(self:Comparison, stage, splits, arm, seed, strength=None, **options):
     name = '-'.join([stage, arm, *([f'{strength:.4g}'] if strength else []), f'seed{seed}'])
     print(f'\n{name}')
     cfg = self.cfg.but(l2=arm, seed=seed, **({_strength[arm]:strength} if strength else {}), **options)
+    new = not (self.out/name/'results.json').exists()
     res = train_run(self.out/name, splits, cfg, self.device, self.workers)
     flat = {k:v for k,v in res.items() if k!='reranked'} | {f'{k} re-ranked': v for k,v in res.get('reranked', {}).items() if k=='mAP' or k.startswith('Rank')}
     versions = read_json(self.out/name/'config.json')['versions']
     self.rows.append(dict(stage=stage, arm=arm, strength=strength, seed=seed, dataset=splits.name, **flat, **versions, folder=name))
-    atomic_write(self.out/'results.csv', self.runs.to_csv(index=False))
+    if new: self._write()
     return res
+
+@patch
+def _write(self:Comparison): atomic_write(self.out/'results.csv', self.runs.to_csv(index=False))
 
 @patch(as_prop=True)
 def runs(self:Comparison): "A row a run"; return pd.DataFrame(self.rows)
@@ -212,6 +216,7 @@ def plot_mean_lambda(
 
 @patch
 def _report(self:Comparison):
+    self._write()
     final = self.runs[lambda o: o.stage=='final']
     read = lambda f: {a: [read_table(self.out/d/f) for d in o.folder if (self.out/d/f).exists()] for a,o in final.groupby('arm', sort=False)}
     tables,lams = read('metrics.csv'),{a:h for a,h in read('lambdas.csv').items() if h}

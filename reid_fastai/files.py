@@ -8,7 +8,7 @@ __all__ = ['cache_home', 'WriteError', 'atomic_dir', 'atomic_write', 'check_writ
            'hold_folder']
 
 # %% ../nbs/00a_files.ipynb #32d10652
-import errno,hashlib,io,json,os,platform,shutil,tempfile,time,warnings
+import errno,hashlib,io,json,os,platform,shutil,stat,tempfile,time,warnings
 from contextlib import contextmanager,suppress
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def _writing(path, n=0):
         why = 'it exists already' if e.errno in (errno.ENOTEMPTY, errno.EEXIST) else e.strerror or str(e)
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(first(o for o in Path(path).absolute().parents if o.exists())).free
-            why += f'; {_size(n)} are needed, {_size(free)} are free'
+            why += (f'; {_size(n)} are needed' if n else '')+f'; {_size(free)} are free'
         raise WriteError(f'{path} cannot be written: {why}.') from e
 
 # %% ../nbs/00a_files.ipynb #bf036a4a
@@ -54,8 +54,8 @@ def atomic_dir(
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             tmp = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', suffix='.tmp', dir=path.parent))
-        yield tmp
         with _writing(path):
+            yield tmp
             tmp.chmod(0o777 & ~_umask())
             tmp.replace(path)
     finally:
@@ -126,7 +126,9 @@ def read_bytes(
     path:str|Path # File
 ) -> bytes: # Its content
     "Content of a file, or a `ValueError` that says why it cannot be read"
-    try: return Path(path).read_bytes()
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode): raise ValueError('it is not a regular file')  # a FIFO would be waited for without end
+        return Path(path).read_bytes()
     except FileNotFoundError as e: raise ValueError(f'{path}: there is no such file.') from e
     except (OSError, ValueError) as e: raise ValueError(f'{path} cannot be read: {getattr(e, "strerror", None) or e}.') from e
 

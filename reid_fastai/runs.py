@@ -256,8 +256,8 @@ def read_results(
     if not (out/'results.json').exists(): return
     res = read_json(out/'results.json')
     for o,digest in res.pop('files', {}).items():
-        if not (out/o).exists(): raise ValueError(f'{out} is complete, but {out/o} is missing. Restore it from a copy, or train again in another folder.')
-        if checksum(read_bytes(out/o))!=digest: raise ValueError(f'{out/o} is damaged: it is not what {out/"results.json"} was written with. Restore it from a copy, or train again in another folder.')
+        if not (out/o).exists(): raise ValueError(f'{out/o} is missing, though the run is complete. Restore it from a copy, or train again in another folder.')
+        if checksum(read_bytes(out/o))!=digest: raise ValueError(f'{out/o} is damaged: it does not match its checksum in results.json. Restore it from a copy, or train again in another folder.')
     _remove_means(out)  # of a run that was killed in its last moment
     return res
 

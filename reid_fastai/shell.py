@@ -76,7 +76,7 @@ def _parse(func, prog, pos, args):
 
 def _warn(prog):
     "Show warnings without source path and code"
-    def show(message, *_, **__): print(f'{prog}: warning: {one_line(message)}', file=sys.stderr)
+    def show(message, *_, **__): print(one_line(f'{prog}: warning: {message}'), file=sys.stderr)
     return show
 
 # %% ../nbs/20a_shell.ipynb #6a22ffd3
@@ -97,7 +97,7 @@ def run_command(
     global _running
     _running,out,err,show = prog,sys.stdout,sys.stderr,warnings.showwarning
     sys.stdout,sys.stderr,warnings.showwarning = Patient(out),Patient(err),_warn(prog)
-    def say(msg): print(f'{prog}: {one_line(msg)}', file=sys.stderr)
+    def say(msg): print(one_line(f'{prog}: {msg}'), file=sys.stderr)
     try:
         with _sigterm(): func(**_parse(func, prog, pos, args))
         return 0
