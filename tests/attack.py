@@ -97,12 +97,14 @@ def one_line(res, names=()):
     if names and not any(str(o) in said[0] for o in names): raise Failed('message', f'none of {[str(o)[:60] for o in names]} is named: {said[0]!r}')
     return said[0]
 
+LOCKS = '.lock','.held_by.json'  # who writes to a folder; left behind by a kill, and of no meaning then
+
 _of_time = re.compile('second|sha256')  # keys of what differs between two runs with the same figures
 
 def figures(d):
     "File -> what has to be the same in every digit: all but durations, checksums and the pixels of pictures"
     def f(o):
-        if not o.is_file() or o.suffix=='.png' or o.name=='config.json': return None
+        if not o.is_file() or o.suffix=='.png' or o.name in ('config.json', *LOCKS): return None
         data = o.read_bytes()
         try:
             if o.suffix=='.json': return drop(json.loads(data))
@@ -112,7 +114,7 @@ def figures(d):
                 return [[v for k,v in zip(head, row, strict=True) if not _of_time.search(k)] for row in [head, *rows]]
         except (ValueError, csv.Error): pass  # damaged: as it is
         return hashlib.sha256(data).hexdigest()
-    def drop(o): return {k: drop(v) for k,v in o.items() if not _of_time.search(k) and not re.fullmatch('[0-9a-f]{64}', str(v))} if isinstance(o, dict) else o
+    def drop(o): return {k: drop(v) for k,v in o.items() if not _of_time.search(k) and not str(v).startswith('/') and not re.fullmatch('[0-9a-f]{64}', str(v))} if isinstance(o, dict) else o
     return {str(o.relative_to(d)): f(o) for o in sorted(d.rglob('*'))} if d.is_dir() else {}
 
 def same(found, wanted, but=()):
@@ -125,7 +127,8 @@ def shown(res): return re.search(r'^mAP +\d', res.out, re.M)
 
 def tree(d):
     "All below `d`, with the content of files"
-    return {str(o.relative_to(d)): hashlib.sha256(o.read_bytes()).digest() if o.is_file() and not o.is_symlink() else os.lstat(o).st_mode for o in sorted(d.rglob('*'))}
+    return {str(o.relative_to(d)): hashlib.sha256(o.read_bytes()).digest() if o.is_file() and not o.is_symlink() else os.lstat(o).st_mode
+            for o in sorted(d.rglob('*')) if o.name not in LOCKS and not o.name.endswith('.tmp')}
 
 
 # ---- what is attacked, made once
