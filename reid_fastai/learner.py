@@ -14,7 +14,9 @@ from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastcore.all import *
 
+from .callback.checks import *
 from .callback.evaluation import *
+from .core import plain_errors
 from .losses import ReIDLoss
 from .models import *
 from .schedules import *
@@ -26,6 +28,8 @@ paper_adam = partial(Adam, mom=.9, sqr_mom=.999, eps=1e-7, wd=0.)
 # %% ../nbs/16_learner.ipynb #b3f5548d
 class ReIDLearner(Learner):
     "A `Learner` whose results are ranked lists; see `interpret` for its `show_results`"
+    def __call__(self, event_name):
+        with plain_errors(): return super().__call__(event_name)  # also where a callback of fastai meets an error of ours
 
 # %% ../nbs/16_learner.ipynb #fd415c67
 @delegates(Learner.__init__, but=['dls','model','loss_func','opt_func','splitter','cbs'])
@@ -48,4 +52,4 @@ def reid_learner(
     if not getattr(dls, 'c', 0): raise ValueError('The loaders do not say how many identities they train on (`dls.c`); make them with `ReIDDataLoaders`.')
     net = build_reid_net(arch, dls.c, regions=regions, pretrained=pretrained).lay_out(getattr(dls, 'device', None) or 'cpu')
     return ReIDLearner(dls, net, ifnone(loss_func, ReIDLoss()), opt_func=opt_func, splitter=splitter,
-                   cbs=L(RetrievalMetrics(eval_every, flip)) + L(cbs), **kwargs)
+                   cbs=L(FitChecks(), RetrievalMetrics(eval_every, flip)) + L(cbs), **kwargs)

@@ -1,3 +1,4 @@
 from .regularizer import *
 from .history import *
 from .evaluation import *
+from .checks import *
