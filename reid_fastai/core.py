@@ -206,4 +206,9 @@ def plain_errors():
 class PlainErrors:
     "Base class, before fastai's `Callback`, of a callback whose errors keep their own message"
     def __call__(self, event_name):
-        with plain_errors(): return super().__call__(event_name)
+        try:
+            with plain_errors(): return super().__call__(event_name)
+        except Exception:
+            # `validate` and `get_preds` of fastai keep their lock if this event fails, and the next of them would wait for ever
+            if event_name=='before_fit' and self.learn is not None and self.learn.lock.locked(): self.learn.lock.release()
+            raise

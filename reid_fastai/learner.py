@@ -31,6 +31,11 @@ class ReIDLearner(Learner):
     def __call__(self, event_name):
         with plain_errors(): return super().__call__(event_name)  # also where a callback of fastai meets an error of ours
 
+    def validation_context(self, cbs=None, inner=False):
+        "As fastai's, after checks that would leave its lock held if they failed within it"
+        for cb in [] if inner else self.cbs: getattr(cb, '_check_fit', noop)([*self.cbs, *L(cbs)])
+        return super().validation_context(cbs, inner)
+
 # %% ../nbs/16_learner.ipynb #fd415c67
 @delegates(Learner.__init__, but=['dls','model','loss_func','opt_func','splitter','cbs'])
 def reid_learner(

@@ -8,7 +8,7 @@ __all__ = ['check_norms', 'check_loss', 'FitChecks']
 # %% ../../nbs/14a_callback.checks.ipynb #9914139a
 from inspect import signature
 
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback,GatherPredsCallback
 from fastai.callback.mixup import MixHandler
 from fastcore.all import *
 from torch import nn
@@ -36,7 +36,8 @@ def check_loss(
     loss_func # Callable
 ):
     "Refuse a loss that does not take output, identities and cameras"
-    try: signature(loss_func.forward if isinstance(loss_func, nn.Module) else loss_func).bind('out', 'pid', 'camid')
+    f = loss_func.forward if isinstance(loss_func, nn.Module) else loss_func
+    try: signature(f, follow_wrapped=False).bind('out', 'pid', 'camid')  # fastai's losses claim to be the PyTorch module within
     except TypeError as e:
         raise ValueError(f'loss_func={getattr(loss_func, "__name__", type(loss_func).__name__)}: {e}. It is called with (output, pid, camid); in training, output has the '
                          'embeddings and the logits of each branch. Write `def loss(out, pid, camid)`, or leave `loss_func` out for `ReIDLoss`.') from None
@@ -47,12 +48,15 @@ class FitChecks(PlainErrors, Callback):
     "Refuse what cannot work with two targets, a loss over pairs and embeddings in evaluation"
     order = -20  # before a distributed run changes the network
     def before_fit(self):
-        check_norms(self.model, any(getattr(cb, 'sync_bn', False) for cb in self.learn.cbs))
+        if not self.learn.lock.locked(): self._check_fit(self.learn.cbs)  # `validate` and `get_preds` hold the lock; they are checked before
+
+    def _check_fit(self, cbs):
+        "Refuse to go on with callbacks `cbs`"
+        check_norms(self.learn.model, any(getattr(cb, 'sync_bn', False) for cb in cbs))
         check_loss(self.learn.loss_func)
-        if mix := first(self.learn.cbs, lambda cb: isinstance(cb, MixHandler)):
+        if mix := first(cbs, lambda cb: isinstance(cb, MixHandler)):
             raise ValueError(f'{mix} mixes pairs of images, and a mixed image has no identity of its own, which the triplet loss needs. '
                              'Remove it; `reid_augs`, which the loaders apply by default, mirrors, shifts and erases each image by itself.')
-        fetch = getattr(self.learn, 'gather_preds', None)
-        if fetch is not None and fetch.with_loss and not fetch.with_preds:  # what fastai's `Interpretation` asks for
+        if first(cbs, lambda cb: isinstance(cb, GatherPredsCallback) and cb.with_loss and not cb.with_preds):  # what fastai's `Interpretation` asks for
             raise ValueError("Interpretation sorts images by their loss, and in evaluation a Re-ID network gives embeddings, which have none. "
                              'Use `learn.show_results(worst=True)` for the queries with the worst ranked lists.')

@@ -45,7 +45,7 @@ def extract_features(
                 x = to_device(b[0], device)
                 f = model(x)
                 if flip: f = (f + model(x.flip(-1)))/2
-                feats.append(f.float().cpu())
+                feats.append(f.float().cpu().as_subclass(torch.Tensor))
     finally: model.train(training)
     n = sum(map(len, feats))
     if (wanted := _n_images(dl)) is not None: _check_rows(n, wanted)
@@ -122,8 +122,7 @@ class RetrievalMetrics(PlainErrors, Callback):
         # Nor are there predictions to be drawn by TensorBoard or W&B: an embedding is nothing to look at
         for cb in self.learn.cbs:
             if hasattr(cb, 'log_preds'): cb.log_preds = False
-        if not hasattr(self.learn, 'gather_preds'): _test_df(self.dls)
-        self._check_trackers()
+        if not self.learn.lock.locked(): self._check_fit(self.learn.cbs, not hasattr(self.learn, 'lr_finder'))  # `validate` and `get_preds` hold the lock
 
     def before_epoch(self): self.trained,self.results = False,None
     def before_train(self): self.trained = True
@@ -140,11 +139,11 @@ class RetrievalMetrics(PlainErrors, Callback):
 
 # %% ../../nbs/14_callback.evaluation.ipynb #db0bcee3
 @patch
-def _check_trackers(self:RetrievalMetrics):
-    "Refuse a callback that monitors what is not in the table, or not in every row of it"
-    names = ['train_loss', *self.learn.metrics.attrgot('name')]
-    training = not hasattr(self.learn, 'lr_finder') and not self.learn.lock.locked()  # `validate` and `get_preds` hold the lock
-    for cb in self.learn.cbs:
+def _check_fit(self:RetrievalMetrics, cbs, training=False):
+    "Refuse callbacks that monitor what is not in the table or, in `training`, not in every row of it; and loaders without a test set"
+    if training: _test_df(self.dls)
+    names = ['train_loss', *uniqueify([m.name for m in [*self.learn.metrics, *self.mets]])]
+    for cb in cbs:
         if not isinstance(cb, TrackerCallback): continue
         if cb.monitor not in names:
             raise ValueError(f'{cb} monitors {cb.monitor!r}, and the training table has {", ".join(names)}: evaluation is a search, which has no loss. '
