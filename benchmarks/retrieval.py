@@ -48,7 +48,7 @@ def classic(q, g, k1=20, k2=6, lam=.3):
     x = np.concatenate([q.numpy(), g.numpy()])
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     n,n_q = len(x),len(q)
-    D = 2-2*x@x.T
+    D = np.square(1-x@x.T)
     D /= D.max(1, keepdims=True)
     order,V,half = np.argsort(D, axis=1).astype(np.int32),np.zeros((n,n), np.float32),int(np.around(k1/2))
     def reciprocal(i, k):
@@ -93,9 +93,9 @@ def beside_torchreid(folder, args, n):
     print(f'  peak memory with torchreid {peak():.2f} GB')
 
 def published(folder, q, g):
-    "The published re-ranking, in torchreid: it squares what it is given, so it gets Euclidean distances of unit vectors"
+    "The published re-ranking, in torchreid, of the cosine distances that torchreid hands it; it squares what it is given"
     compute_distance_matrix,_,re_ranking = torchreid_modules(folder)
-    return re_ranking(*(compute_distance_matrix(*o, 'cosine').mul_(2).clamp_min_(0).sqrt_().numpy() for o in ((q,g),(q,q),(g,g))))
+    return re_ranking(*(compute_distance_matrix(*o, 'cosine').numpy() for o in ((q,g),(q,q),(g,g))))
 
 def run(size, a):
     args = features(*SIZES[size])

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['JUNK_PID', 'DISTRACTOR_PID', 'brief', 'check_int', 'number_files', 'ReIDSplits', 'count_matches', 'check_search',
-           'check_protocol', 'progress', 'free_memory', 'keep_freed_memory']
+           'check_protocol', 'progress', 'free_memory', 'keep_freed_memory', 'unwrap', 'plain_errors', 'PlainErrors']
 
 # %% ../nbs/00_core.ipynb #6138b7d1
 import ctypes,os,re,sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 from fastcore.all import *
+from torch import nn
 from tqdm.std import tqdm
 
 # %% ../nbs/00_core.ipynb #7f377059
@@ -223,3 +225,37 @@ def keep_freed_memory():
     M_TRIM_THRESHOLD,M_MMAP_MAX = -1,-4  # of malloc.h
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, 2**31-1)
+
+# %% ../nbs/00_core.ipynb #f5cfd527
+def _inner(model):
+    "The model directly inside a wrapper; None if it is none. A model of the user's own may well have a part called `module`, so that name alone says nothing"
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): return model.module
+    return getattr(model, '_modules', {}).get('_orig_mod')  # of `torch.compile`; its class is private, and slow to import
+
+def unwrap(
+    model:nn.Module # Any model
+) -> nn.Module: # `model`, without `DataParallel`, `DistributedDataParallel` and the wrapper of `torch.compile`
+    "The model inside all its wrappers"
+    while (inner := _inner(model)) is not None: model = inner
+    return model
+
+# %% ../nbs/00_core.ipynb #727fafea
+_prefix = re.compile(r'Exception occured in `\w+` when calling event `\w+`:\n\t')
+
+@contextmanager
+def plain_errors():
+    "Within it a `ValueError` keeps its own message, without what fastai puts before it"
+    try: yield
+    except ValueError as e:
+        if e.args and isinstance(e.args[0], str): e.args = (_prefix.sub('', e.args[0]), *e.args[1:])
+        raise
+
+class PlainErrors:
+    "Base class, before fastai's `Callback`, of a callback whose errors keep their own message"
+    def __call__(self, event_name):
+        try:
+            with plain_errors(): return super().__call__(event_name)
+        except Exception:
+            # `validate` and `get_preds` of fastai keep their lock if this event fails, and the next of them would wait for ever
+            if event_name=='before_fit' and self.learn is not None and self.learn.lock.locked(): self.learn.lock.release()
+            raise

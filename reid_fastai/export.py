@@ -13,18 +13,13 @@ import torch
 from PIL import Image
 from fastcore.all import *
 from . import __version__
-from .core import progress
+from .core import progress,unwrap
 from .data.block import read_image
 from .files import load_tensors,save_tensors
 from .models import ReIDNet,build_reid_net
 
 # %% ../nbs/18_export.ipynb #17a693f0
 _format = 2  # since format 2 a file has a checksum
-
-def _unwrap(model):
-    "`ReIDNet` within `DistributedDataParallel` and `torch.compile`"
-    while (inner := getattr(model, 'module', getattr(model, '_orig_mod', None))) is not None: model = inner
-    return model
 
 def save_model(
     model:ReIDNet, # From `build_reid_net`, perhaps compiled or distributed
@@ -33,7 +28,7 @@ def save_model(
     **notes # Whatever else is worth knowing, as JSON can hold it; comes back from `read_meta`
 ) -> Path: # `path`
     "Write a network into one file"
-    net = _unwrap(model)
+    net = unwrap(model)
     if not isinstance(net, ReIDNet) or net.arch is None:
         raise ValueError(f'{type(net).__name__} is not a network of `build_reid_net`, so a file could not say how to rebuild it.')
     own = {n for n,_ in net.named_children()}|{'mean','std'}

@@ -17,6 +17,8 @@ from PIL import Image
 from torch import Tensor,nn
 from torch.nn import functional as F
 
+from .callback.evaluation import _test_df
+from .core import unwrap
 from .data.image import open_image
 from .evaluation.metrics import RetrievalResults
 from .learner import ReIDLearner
@@ -39,7 +41,7 @@ def _getter(imgs, n, name):
 # %% ../nbs/17_interpret.ipynb #1b864246
 _right,_wrong = '#2ca02c','#d62728'
 
-def _who(pid, camid): return f'id {pid}' + (f', cam {camid}' if camid>=0 else '')
+def _who(pid, camid): return f'id {pid}' + (f', cam {camid}' if isinstance(camid, str) or camid>=0 else '')  # negative: no camera is known
 
 def _frame(ax, img, title, color='black'):
     "Draw `img` in a frame"
@@ -52,13 +54,15 @@ def plot_ranked(
     res:RetrievalResults, # What was found
     q_imgs, # Query images: sequence of paths or arrays, or a function of the index
     g_imgs, # Gallery images, junk included
-    queries=None, # Indices of queries, a row each; None: four with a match, evenly spread
-    k:int=10, # Images of the ranked list
-    size:float=.8 # Width of an image, inches
+    queries=None, # Indices of queries, a row each; None: `n` with a match, evenly spread
+    k:int=10, # Images of the ranked list, at most as many as the gallery has
+    size:float=.8, # Width of an image, inches
+    n:int=4 # How many queries, if `queries` is None
 ) -> np.ndarray: # (queries, k+1) axes
     "Queries, and their nearest gallery images framed in green where right and red where wrong"
-    has = res.n_matches.nonzero()[0]
-    queries = np.array(ifnone(queries, has[np.linspace(0, len(has)-1, min(4, len(has))).astype(int)]), ndmin=1)
+    if n<1: raise ValueError(f'n={n}: at least one query.')
+    has,k = res.n_matches.nonzero()[0],min(k, len(res.g_pids))
+    queries = np.array(ifnone(queries, has[np.linspace(0, len(has)-1, min(n, len(has))).astype(int)]), ndmin=1)
     if len(bad := queries[(queries<0)|(queries>=len(res))]):
         raise ValueError(f'queries={bad.tolist()}: there are {len(res)} queries, counted from 0.')
     q_img,g_img = _getter(q_imgs, len(res), 'q_imgs'),_getter(g_imgs, len(res.g_pids), 'g_imgs')
@@ -82,6 +86,7 @@ def plot_worst(
     size:float=.8 # Width of an image, inches
 ) -> np.ndarray: # (n, k+1) axes
     "Ranked lists of the queries of least average precision"
+    if n<1: raise ValueError(f'n={n}: at least one query.')
     return plot_ranked(res, q_imgs, g_imgs, np.argsort(res.ap, kind='stable')[:min(n, len(res)-res.n_skipped)], k, size) # NaN comes last
 
 # %% ../nbs/17_interpret.ipynb #9dd97dad
@@ -105,11 +110,13 @@ def plot_cmc(
 def show_results(self:ReIDLearner,
     results:RetrievalResults|None=None, # What was found; None: by the last evaluation, or by a new one
     worst:bool=False, # Whether to show the hardest queries
+    max_n:int=4, # How many queries, unless `queries` says which
     **kwargs
 ) -> np.ndarray: # (queries, k+1) axes
     "Queries of `dls` and their ranked lists, right and wrong marked"
-    res = results or self.retrieval_metrics.results or self.retrieval()
-    df,root = self.dls.test_df,self.dls.splits.root
+    df,root = _test_df(self.dls),self.dls.splits.root
+    res = results or getattr(getattr(self, 'retrieval_metrics', None), 'results', None) or self.retrieval()
+    kwargs = {'n': max_n, **kwargs}
     q,g = ([str(root/o) if root else o for o in df.path[m]] for m in (df.split=='query', df.split=='gallery'))
     return (plot_worst if worst else plot_ranked)(res, q, g, **kwargs)
 
@@ -120,6 +127,7 @@ def activation_maps(
     x:Tensor # (b, 3, h, w) images, RGB in [0, 1]
 ) -> Tensor: # (b, h, w), the largest value of each is 1
     "Norm of the global branch's features at each place of the image"
+    model = unwrap(model)
     training = model.training
     with hook_output(model.global_stage) as hook:
         try: model.eval()(x)
@@ -136,8 +144,10 @@ def plot_activations(self:ReIDLearner,
 ) -> np.ndarray: # (2, number of images) axes
     "Images, and below each the places its embedding is made of"
     if items is None:
-        queries = self.dls.test_df[lambda o: o.split=='query']
+        queries = _test_df(self.dls)[lambda o: o.split=='query']
         items = queries.iloc[np.linspace(0, len(queries)-1, min(n, len(queries))).astype(int)]
+    if isinstance(items, (str,Path)): items = [items]
+    if not len(items): raise ValueError('No images to draw: `items` is empty, or `n` is 0.')
     x = torch.cat([b[0] for b in self.dls.test_dl(items)])
     maps = torch.cat([activation_maps(self.model, o) for o in x.split(64)]).cpu()
     if axs is None: axs = plt.subplots(2, len(x), figsize=(len(x)*size, 2*size*x.shape[2]/x.shape[3]), squeeze=False, layout='constrained')[1]

@@ -15,7 +15,9 @@ from fastai.optimizer import Adam
 from fastcore.all import *
 from torch import nn
 
+from .callback.checks import *
 from .callback.evaluation import *
+from .core import plain_errors
 from .losses import ReIDLoss
 from .models import *
 from .schedules import *
@@ -27,6 +29,13 @@ paper_adam = partial(Adam, mom=.9, sqr_mom=.999, eps=1e-7, wd=0.)
 # %% ../nbs/16_learner.ipynb #b3f5548d
 class ReIDLearner(Learner):
     "A `Learner` whose results are ranked lists; see `interpret` for its `show_results`"
+    def __call__(self, event_name):
+        with plain_errors(): return super().__call__(event_name)  # also where a callback of fastai meets an error of ours
+
+    def validation_context(self, cbs=None, inner=False):
+        "As fastai's, after checks that would leave its lock held if they failed within it"
+        for cb in [] if inner else self.cbs: getattr(cb, '_check_fit', noop)([*self.cbs, *L(cbs)])
+        return super().validation_context(cbs, inner)
 
 # %% ../nbs/16_learner.ipynb #fd415c67
 @delegates(Learner.__init__, but=['dls','model','loss_func','opt_func','splitter','cbs'])
@@ -51,4 +60,4 @@ def reid_learner(
     if net.n_classes!=dls.c: raise ValueError(f'The network has {net.n_classes} classes, and the loaders train on {dls.c} identities. Build it with n_classes={dls.c}.')
     net.lay_out(getattr(dls, 'device', None) or 'cpu')
     return ReIDLearner(dls, net, ifnone(loss_func, ReIDLoss()), opt_func=opt_func, splitter=splitter,
-                   cbs=L(RetrievalMetrics(eval_every, flip)) + L(cbs), **kwargs)
+                   cbs=L(FitChecks(), RetrievalMetrics(eval_every, flip)) + L(cbs), **kwargs)

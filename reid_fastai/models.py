@@ -22,6 +22,7 @@ from fastcore.all import *
 from safetensors.torch import load_file
 from torch import nn
 
+from .core import unwrap
 from .files import cache_home
 
 # %% ../nbs/03_models.ipynb #253f94be
@@ -335,7 +336,7 @@ def reid_splitter(
     model:nn.Module # `ReIDNet`, also within `DistributedDataParallel`
 ) -> list: # Two lists of parameters: the backbone's, and those of region convolutions, necks and classifiers
     "Split for `Learner`, so that `freeze` keeps the backbone as it is and trains what is new"
-    m = getattr(model, 'module', model)
+    m = unwrap(model)
     params = lambda *ms: [p for o in ms if o is not None for p in o.parameters()]
     # Submodules by name: a parameter that a callback adds to the root is not ours to place
     return [params(m.trunk, m.global_stage, m.regional_stage), params(m.region_convs, m.heads)]

@@ -16,6 +16,8 @@ from fastcore.all import *
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .core import unwrap
+
 # %% ../nbs/01_regularizers.ipynb #ecef65ab
 def hard_sigmoid(
     x:torch.Tensor # Any shape
@@ -32,7 +34,8 @@ def _is_norm(m): return 'norm' in type(m).__name__.lower() or isinstance(m, (nn.
 def param_kinds(
     model:nn.Module # Any model
 ) -> dict: # Name of each parameter array → 'kernel', 'bias', 'gamma' or 'beta', in the order of `named_parameters`
-    "What each parameter array of `model` is"
+    "What each parameter array of `model` is; names are those of the model inside its wrappers"
+    model = unwrap(model)
     norms = {n for n,m in model.named_modules() if _is_norm(m)}
     def kind(name):
         owner,_,leaf = name.rpartition('.')
@@ -106,7 +109,7 @@ class _L2(nn.Module):
     "`Σ λ_n ‖w_n‖²` over the parameter arrays of a model; a subclass says what λ is"
     def __init__(self, model, exclude=()):
         super().__init__()
-        kinds,arrays = _leave_out(param_kinds(model), exclude),dict(model.named_parameters())
+        kinds,arrays = _leave_out(param_kinds(model), exclude),dict(unwrap(model).named_parameters())
         # In a tuple the weights are not parameters of this module, so a state dict holds θ alone
         self.names,self.kinds,self.arrays = list(kinds),list(kinds.values()),tuple(arrays[n] for n in kinds)
 

@@ -14,6 +14,8 @@ from fastai.callback.training import BnFreeze
 from fastai.learner import Learner,replacing_yield
 from fastcore.all import *
 
+from .core import PlainErrors
+
 # %% ../nbs/15_schedules.ipynb #f52a8d79
 #: Epochs in which the backbone is frozen (the code's `freeze_backbone_for_N_epochs`)
 paper_frozen_epochs = 20
@@ -38,7 +40,7 @@ def warmup_steps(
     return lr*max(drop**-((epoch-warmup)//every), floor)
 
 # %% ../nbs/15_schedules.ipynb #3b55b9e3
-class WarmupSteps(ParamScheduler):
+class WarmupSteps(PlainErrors, ParamScheduler):
     "Set the learning rate that `warmup_steps` gives for the epoch"
     def __init__(self,
         lr:float=paper_lr # Highest learning rate

@@ -12,6 +12,7 @@ from fastai.vision.all import ImageBlock, CategoryBlock, DataBlock, vision_learn
 from torch import nn
 
 from reid_fastai.callback.regularizer import *
+from reid_fastai.core import PlainErrors, unwrap
 from reid_fastai.callback.history import *
 from reid_fastai.regularizers import *
 
@@ -337,6 +338,54 @@ def test_unlabelled_prediction():
 def test_two_penalties_are_refused():
     with pytest.raises(ValueError, match='ConventionalL2 was added to a Learner that has AdaptiveL2'): learner(AdaptiveL2(), ConventionalL2())
 
+# ---- wrappers
+
+def compiled(m): return torch.compile(m, backend='eager')
+@pytest.mark.parametrize('wrap', [compiled, nn.DataParallel, lambda m: compiled(nn.DataParallel(m)), lambda m: nn.DataParallel(compiled(nn.DataParallel(m)))], ids='compile parallel both nested'.split())
+@pytest.mark.parametrize('before', [True, False])
+def test_wrapped_models(wrap, before):
+    "Names, kinds and the number of arrays are those of the model inside, whether it is wrapped before or after the callback is added"
+    learn = learner()
+    bare = learn.model
+    if before: learn.model = wrap(bare)
+    learn.splitter = trainable_params
+    learn.add_cb(AdaptiveL2(.1))
+    if not before: learn.model = wrap(bare)
+    fit(learn, 1, 'fit', 1e-2)
+    want = [n for n,_ in net().named_parameters()]
+    assert learn.adaptive_l2.regularizer.names==want and list(learn.adaptive_l2.history.name.unique())==want
+    assert (bare.l2_theta<0).all() and any(p is bare.l2_theta for p in learn.opt.param_lists[-1])
+    assert param_kinds(learn.model)==param_kinds(net()) and len(AdaptiveL2Regularizer(learn.model, .1).names)==len(want)
+    fit(learn, 1, 'fit', 1e-2)
+    assert list(learn.adaptive_l2.history.epoch.unique())==[0,1,2], 'the history goes on'
+
+def test_a_part_called_module_is_no_wrapper():
+    m = nn.Module()
+    m.module = nn.Linear(2, 1)
+    assert unwrap(m) is m and list(param_kinds(m))==['module.weight','module.bias']
+
+# ---- errors
+
+def message(f):
+    with pytest.raises(ValueError) as e: f()
+    return str(e.value)
+
+def test_errors_are_plain():
+    "Without the line that fastai puts before the message of a callback"
+    assert message(lambda: fit(learner(AdaptiveL2()), 1, 'fit', 1e-2, wd=.1)).startswith('Weight decay 0.1 was chosen')
+
+def test_all_our_callbacks_are_plain():
+    import importlib, pkgutil, reid_fastai
+    for m in pkgutil.walk_packages(reid_fastai.__path__, 'reid_fastai.'):
+        for o in vars(importlib.import_module(m.name)).values():
+            if isinstance(o, type) and issubclass(o, Callback) and o.__module__==m.name and o.__name__!='Checkpoint': assert issubclass(o, PlainErrors), o
+
+def test_an_error_before_validation_does_not_lock_the_learner():
+    learn = fit(learner(AdaptiveL2(.1)))
+    learn.model[1] = nn.Linear(8, 1, bias=False)
+    assert '`del learn.model.l2_theta`' in message(learn.validate)
+    assert not learn.lock.locked()
+
 # ---- two processes
 
 def _worker(rank, port, frozen, out):
@@ -387,7 +436,7 @@ def test_tensorboard(tmp_path):
         assert [h.step for h in hists]==[2,4]
         h = hists[-1].histogram_value
         assert h.num==len(o) and h.min==pytest.approx(o.lam.min()) and h.max==pytest.approx(o.lam.max()) and h.sum==pytest.approx(o.lam.sum())
-    assert events.Scalars('mAP')[-1].value==pytest.approx(learn.retrieval_metrics.results.mAP)
+    assert events.Scalars('mAP')[-1].value==pytest.approx(100*learn.retrieval_metrics.results.mAP)
     assert events.Scalars('penalty')[-1].value==pytest.approx((last.lam*last.sq_norm).sum(), rel=1e-4)
 
 def test_wandb_offline(tmp_path, monkeypatch):
@@ -400,6 +449,6 @@ def test_wandb_offline(tmp_path, monkeypatch):
     try:
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-2, cbs=theirs.WandbCallback())
         s,last = run.summary,learn.adaptive_l2.history[lambda o: o.epoch==1]
-        assert s['mAP']==pytest.approx(learn.retrieval_metrics.results.mAP) and s['penalty']==pytest.approx((last.lam*last.sq_norm).sum(), rel=1e-4)
+        assert s['mAP']==pytest.approx(100*learn.retrieval_metrics.results.mAP) and s['penalty']==pytest.approx((last.lam*last.sq_norm).sum(), rel=1e-4)
         for kind,o in last.groupby('kind'): assert sum(dict(s[f'lambda/{kind}'])['values'])==len(o)
     finally: run.finish()

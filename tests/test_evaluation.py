@@ -284,11 +284,14 @@ def test_pretended_device(monkeypatch):
 # --- re-ranking
 
 def dense_rerank(q, g, k1, k2, lam, metric='cosine'):
-    "The published algorithm with full matrices: squared distances of the joined set, each row divided by its largest, then sets, weights, Jaccard"
+    "The published algorithm with full matrices: squares of the metric's own distances in the joined set, each row divided by its largest, then sets, weights, Jaccard"
     x,n_q = np.concatenate([q, g]).astype(np.float64),len(q)
-    if metric=='cosine': x = x/np.linalg.norm(x, axis=1, keepdims=True)
-    D = np.square(x[:,None]-x).sum(2) if len(x)<300 else np.maximum((x**2).sum(1)[:,None]+(x**2).sum(1)-2*x@x.T, 0)
-    D,n = D/D.max(1, keepdims=True),len(x)
+    if metric=='cosine':
+        x = x/np.linalg.norm(x, axis=1, keepdims=True)
+        original_dist = np.maximum(1-x@x.T, 0)
+    else: original_dist = np.sqrt(np.square(x[:,None]-x).sum(2))
+    D,n = original_dist**2,len(x)
+    D /= D.max(1, keepdims=True)
     order = np.argsort(D, axis=1, kind='stable')
     sees = lambda k: [set(o[:k+1].tolist()) for o in order]
     near,half = sees(k1),sees(int(np.around(k1/2)))
@@ -378,6 +381,17 @@ def test_rerank_round_trip(tmp_path):
     got = RetrievalResults.load(tmp_path/'r')
     assert got.per_query().equals(res.per_query()) and torch.equal(got.topk(9).dists, res.topk(9).dists)
     assert got.rerank(5, 2).mAP==res.rerank(5, 2).mAP
+
+def test_rerank_of_an_earlier_version_is_refused(tmp_path):
+    "Its weights follow from other distances; mixed with those of now they would rank wrongly without a word"
+    import json, safetensors.torch
+    from safetensors import safe_open
+    build(*crowd(3, 20, 80)).rerank().save(tmp_path/'r')
+    with safe_open(tmp_path/'r', 'pt') as f: head,tensors = f.metadata(),{k: f.get_tensor(k) for k in f.keys()}
+    meta = json.loads(head['meta'])
+    del meta['original']
+    (tmp_path/'old').write_bytes(safetensors.torch.save(tensors, dict(head, meta=json.dumps(meta))))
+    with pytest.raises(ValueError, match='old: re-ranked by an earlier version.*anew'): RetrievalResults.load(tmp_path/'old')
 
 # --- pictures
 

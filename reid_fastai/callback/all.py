@@ -1,4 +1,5 @@
 from .regularizer import *
 from .history import *
 from .evaluation import *
+from .checks import *
 from .checkpoint import *

@@ -9,15 +9,26 @@ __all__ = ['extract_features', 'search', 'RetrievalMetrics']
 import pandas as pd
 import torch
 from fastai.callback.core import Callback,CancelValidException
+from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner,ValueMetric
 from fastai.torch_core import no_random,to_device
 from fastcore.all import *
 from torch import nn
 
-from ..core import progress
+from ..core import PlainErrors,progress
 from ..evaluation.metrics import *
 
 # %% ../../nbs/14_callback.evaluation.ipynb #242e4d40
+def _undivided(dl):
+    "The loader inside a `DistributedDL`; known by name, because `fastai.distributed` does not import without accelerate"
+    while any(o.__name__=='DistributedDL' for o in type(dl).__mro__): dl = dl.dl
+    return dl
+
+def _check_rows(n, wanted):
+    "Refuse features of part of the images, or of some of them twice"
+    if n!=wanted: raise ValueError(f'{n} rows of features came for {wanted} images, so no figure can follow from them. '
+                                   'Use a loader that gives each image once: no sampler, no `drop_last`, no part of the set; `dls.test_dl(items)` makes one.')
+
 @torch.no_grad()
 def extract_features(
     model:nn.Module, # Gives embeddings (b, d) in evaluation
@@ -25,19 +36,26 @@ def extract_features(
     flip:bool=True # Whether to average over image and mirror image
 ) -> torch.Tensor: # (n, d) float32 on the CPU, in the order of `dl`
     "Embed all images of `dl`"
-    device,training,feats,i = next(model.parameters()).device,model.training,None,0
+    dl,feats = _undivided(dl),[]
+    device,training = next(model.parameters()).device,model.training
     model.eval()
     try:
         with no_random(reproducible=False):  # a loader draws a seed at each pass, and training must not depend on how often one looks
-            for b in progress(dl, 'Extracting features', len(dl)):
+            for b in progress(dl, 'Extracting features'):
                 x = to_device(b[0], device)
                 f = model(x)
                 if flip: f = (f + model(x.flip(-1)))/2
-                if feats is None: feats = torch.empty(dl.n, f.shape[1])
-                feats[i:i+len(f)] = f
-                i += len(f)
+                feats.append(f.float().cpu().as_subclass(torch.Tensor))
     finally: model.train(training)
-    return feats
+    n = sum(map(len, feats))
+    if (wanted := _n_images(dl)) is not None: _check_rows(n, wanted)
+    if not n: raise ValueError('The loader gave no images, so there is nothing to embed.')
+    return torch.cat(feats)
+
+def _n_images(dl):
+    "How many images a loader of fastai or PyTorch is to give; None if it does not say"
+    data = getattr(dl, 'dataset', None)
+    return len(data) if hasattr(data, '__len__') else None
 
 # %% ../../nbs/14_callback.evaluation.ipynb #92e12f4b
 @patch
@@ -54,6 +72,7 @@ def search(
     metric:str='cosine' # Or 'euclidean'
 ) -> RetrievalResults: # To measure, re-rank, draw and save
     "Search the gallery for every query"
+    _check_rows(len(feats), len(df))
     q = (df.split=='query').to_numpy()
     def part(o): return feats[torch.tensor(o)], df.pid.to_numpy()[o], df.camid.to_numpy()[o]
     return RetrievalResults.from_embeddings(*part(q), *part(~q), metric=metric)
@@ -64,25 +83,35 @@ def retrieval(self:Learner,
     metric:str='cosine' # Or 'euclidean'
 ) -> RetrievalResults: # To measure, re-rank, draw and save
     "Search the gallery of `dls` for every query"
-    if (df := getattr(self.dls, 'test_df', None)) is None:
-        raise ValueError('These loaders have no queries and gallery; `ReIDDataLoaders.from_path` or `from_df` makes loaders that have.')
-    return search(self.embed(flip=flip), df, metric)
+    return search(self.embed(flip=flip), _test_df(self.dls), metric)
+
+def _test_df(dls):
+    "Rows of queries and gallery"
+    if (df := getattr(dls, 'test_df', None)) is not None: return df
+    raise ValueError('These loaders have no queries and gallery; `ReIDDataLoaders.from_path` or `from_df` makes loaders that have.')
+
+# %% ../../nbs/14_callback.evaluation.ipynb #22139378
+class _Blank(float):
+    "A NaN that prints as nothing"
+    def __format__(self, spec): return ''
+    def __str__(self): return ''
+
+_blank = _Blank('nan')
 
 # %% ../../nbs/14_callback.evaluation.ipynb #829f66b8
-class RetrievalMetrics(Callback):
-    "Show mAP and Rank-1 in the training table, and keep the results"
+class RetrievalMetrics(PlainErrors, Callback):
+    "Show mAP and Rank-1 in the training table, in per cent, and keep the results"
     order = 40  # before `Recorder` writes its row
-    _stateattrs = ('results',)  # large, and not part of an exported learner
+    _stateattrs,results = ('results',),None  # large, and not part of an exported learner
     def __init__(self,
         every:int|None=None, # Epochs from one evaluation to the next, the last epoch always included; None: the last alone
         flip:bool=True # Whether to average over image and mirror image
     ):
         if every is not None and (not isinstance(every, int) or every<1): raise ValueError(f'every={every!r} must be a positive number of epochs, or None for the last alone.')
         store_attr()
-        self.results = None
         self.mets = [ValueMetric(partial(self._value, o), o) for o in ('mAP','rank1')]
 
-    def _value(self, o): return getattr(self.results, o) if self.results else float('nan')
+    def _value(self, o): return 100*getattr(self.results, o) if self.results else _blank
     @property
     def _due(self): return self.epoch==self.n_epoch-1 or bool(self.every and (self.epoch+1)%self.every==0)
 
@@ -93,6 +122,7 @@ class RetrievalMetrics(Callback):
         # Nor are there predictions to be drawn by TensorBoard or W&B: an embedding is nothing to look at
         for cb in self.learn.cbs:
             if hasattr(cb, 'log_preds'): cb.log_preds = False
+        if not self.learn.lock.locked(): self._check_fit(self.learn.cbs, not hasattr(self.learn, 'lr_finder'))  # `validate` and `get_preds` hold the lock
 
     def before_epoch(self): self.trained,self.results = False,None
     def before_train(self): self.trained = True
@@ -100,9 +130,25 @@ class RetrievalMetrics(Callback):
         if self._due and not hasattr(self.learn, 'lr_finder'): self.results = self.learn.retrieval(self.flip)
 
     def before_validate(self):
-        if hasattr(self.learn, 'gather_preds') or self.learn.dl is not self.dls.valid: return
+        if hasattr(self.learn, 'gather_preds') or _undivided(self.learn.dl) is not _undivided(self.dls.valid): return
         if not self.trained:  # `Learner.validate`, outside a fit
             if hasattr(self.learn, 'progress'): self.learn.progress.before_validate()  # its turn would be after ours, and it will end the bar that it begins here
             self.results = self.learn.retrieval(self.flip)
             self.recorder.log += L(self.learn.metrics).map(lambda m: m.value)
         raise CancelValidException()
+
+# %% ../../nbs/14_callback.evaluation.ipynb #db0bcee3
+@patch
+def _check_fit(self:RetrievalMetrics, cbs, training=False):
+    "Refuse callbacks that monitor what is not in the table or, in `training`, not in every row of it; and loaders without a test set"
+    if training: _test_df(self.dls)
+    names = ['train_loss', *uniqueify([m.name for m in [*self.learn.metrics, *self.mets]])]
+    for cb in cbs:
+        if not isinstance(cb, TrackerCallback): continue
+        if cb.monitor not in names:
+            raise ValueError(f'{cb} monitors {cb.monitor!r}, and the training table has {", ".join(names)}: evaluation is a search, which has no loss. '
+                             f"Use `{cb}(monitor='mAP')` with an evaluation after each epoch (`eval_every=1`).")
+        ignored = getattr(cb, 'every_epoch', False) or getattr(cb, 'at_end', False)  # of `SaveModelCallback`, which then need not compare
+        if training and self.every!=1 and self.n_epoch>1 and cb.monitor in [m.name for m in self.mets] and not ignored:
+            raise ValueError(f'{cb} monitors {cb.monitor!r} in each epoch, and it is evaluated {f"every {self.every} epochs" if self.every else "after the last alone"}. '
+                             'Evaluate after each epoch: `eval_every=1` in `reid_learner`, or `RetrievalMetrics(every=1)`.')

@@ -16,20 +16,16 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner,ValueMetric
 from fastai.optimizer import OptimWrapper
 from fastcore.all import *
-from torch import nn
 
+from ..core import PlainErrors,unwrap
 from ..regularizers import *
 
 # %% ../../nbs/12_callback.regularizer.ipynb #e2851f7e
-def _bare(model):
-    "The model inside a parallel wrapper"
-    return model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model
-
 class _ThetaLast:
     "A splitter that puts θ in the last group of `splitter`; a class because learners are pickled"
     def __init__(self, splitter): self.splitter = splitter
     def __call__(self, model):
-        theta,groups = getattr(_bare(model), THETA, None),L(self.splitter(model))
+        theta,groups = getattr(unwrap(model), THETA, None),L(self.splitter(model))
         if theta is None: return groups
         nested = isinstance(first(groups), (L,list))
         groups = [[p for p in g if p is not theta] for g in (groups if nested else [groups])]
@@ -65,7 +61,7 @@ def _without_wd(opt_func):
     return partial(_undecayed, f.func, *f.args, **f.keywords)
 
 # %% ../../nbs/12_callback.regularizer.ipynb #a31e041d
-class L2Callback(Callback):
+class L2Callback(PlainErrors, Callback):
     "Adds the penalty of a regulariser to the loss that is differentiated"
     order,run_valid = GradientAccumulation.order-1,False  # the penalty is accumulated with the loss, so it must be there before it is divided
     regularizer,_learn,_metric = None,None,None
@@ -99,7 +95,7 @@ class L2Callback(Callback):
 @patch
 def _build(self:L2Callback, learn):
     "Make the regulariser, unless the one at hand is of this very model"
-    model = _bare(learn.model)
+    model = unwrap(learn.model)
     new = self._regularizer(model)
     old,ids = self.regularizer,lambda r: [id(w) for w in r.arrays]
     if old and ids(old)==ids(new): return

@@ -352,4 +352,6 @@ def load(cls:RetrievalResults,
     tensors,meta = load_tensors(path)
     if meta.get('format')!=_format: raise ValueError(f"{path} holds {meta.get('format')!r}, not {_format!r}: it was not written by `RetrievalResults.save`.")
     labels = [np.array(meta['labels'][o]) if o in meta['labels'] else tensors[o].numpy() for o in _label_names]
-    return cls(_readers[meta['dists']](tensors, meta), *labels, ranks=tensors['ranks'].numpy())
+    try: dists = _readers[meta['dists']](tensors, meta)
+    except ValueError as e: raise ValueError(f'{path}: {e}') from e
+    return cls(dists, *labels, ranks=tensors['ranks'].numpy())

@@ -44,9 +44,7 @@ def _neighbours(dists, g, sq, k):
     sqd = _squared(dists, torch.cat([near.v, near.far[:,None]], 1), slice(0, n)).cpu().numpy()
     return near.i.cpu().numpy(),sqd[:,:-1],sqd[:,-1]
 
-def _squared(dists, keys, rows):
-    "Squared Euclidean distances; of unit vectors if the metric is cosine"
-    return 2*dists.distance(keys, rows) if dists.metric=='cosine' else dists.distance(keys, rows).square()
+def _squared(dists, keys, rows): "Squares of the metric's own distances"; return dists.distance(keys, rows).square()
 
 def _reciprocal(near, k, idxs):
     "For images `idxs`: whether each of their nearest `k` sees them among its own nearest `k`"
@@ -73,7 +71,7 @@ def _pairs(dists, g, row, col):
     res,bufs = g.new_empty(len(row)),g.new_empty(2, min(512, len(row)), g.shape[1])
     for r,c,out in zip(row.split(512), col.split(512), res.split(512)):
         a,b = (torch.index_select(g, 0, i, out=buf[:len(i)]) for i,buf in zip((r,c), bufs))
-        out.copy_((2-2*a.mul_(b).sum(1)).clamp_min_(0) if dists.metric=='cosine' else a.sub_(b).square_().sum(1)/4)  # rows are doubled there
+        out.copy_((1-a.mul_(b).sum(1)).clamp_min_(0).square_() if dists.metric=='cosine' else a.sub_(b).square_().sum(1)/4)  # rows are doubled there
     return res.cpu().numpy()
 
 # %% ../../nbs/11_evaluation.rerank.ipynb #1b4af551
@@ -197,6 +195,8 @@ def rerank(self:RetrievalResults,
     return RetrievalResults(dists, self.q_pids, self.q_camids, self.g_pids, self.g_camids)
 
 # %% ../../nbs/11_evaluation.rerank.ipynb #32de0738
+_original = 'squares of the distances'  # what weights and `far` of a file follow from
+
 def _csr_state(V, name): return {f'{name}_{o}': torch.as_tensor(getattr(V, o)) for o in ('data','indices','indptr')}
 def _csr(tensors, name, shape): return sparse.csr_matrix(tuple(tensors[f'{name}_{o}'].numpy() for o in ('data','indices','indptr')), shape=shape)
 
@@ -206,10 +206,12 @@ def state(self:RerankedDistances
     "All there is to know, for saving"
     tensors,meta = self.base.state()
     return ({**tensors, **_csr_state(self.Vq, 'Vq'), **_csr_state(self.Vg, 'Vg'), 'far': torch.as_tensor(self.far)},
-            dict(meta, lambda_value=self.lambda_value))
+            dict(meta, lambda_value=self.lambda_value, original=_original))
 
 def _read(tensors, meta):
     base = _readers['Distances'](tensors, meta)
+    if base.metric=='cosine' and meta.get('original')!=_original:
+        raise ValueError('re-ranked by an earlier version, which took 2(1 − cos) where (1 − cos)² is taken now. Re-rank the results anew with `rerank()` and save them.')
     (n,m),N = base.shape,sum(base.shape)
     return RerankedDistances(base, _csr(tensors, 'Vq', (n,N)), _csr(tensors, 'Vg', (N,m)), tensors['far'].numpy(), meta['lambda_value'])
 _readers['RerankedDistances'] = _read
