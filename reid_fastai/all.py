@@ -2,7 +2,7 @@ from .core import *
 from .files import *
 from .regularizers import *
 from .losses import *
-from .models import *
+from .models.all import *
 from .data.all import *
 from .evaluation.all import *
 from .callback.all import *

@@ -129,8 +129,8 @@ def reid_eval(
             print(f'\nre-ranked: {found[1]}')
         if csv: atomic_write(csv, _queries(found[-1], splits, df).to_csv(index=False))
         if out:
-            save_ranked(found[-1], df, files, Path(out)/'ranked.png')
             write_json(Path(out)/'evaluation.json', dict(result_figures(found[0]), model=str(file), data=data, metric=metric, flip=flip, **({'reranked': result_figures(found[1])} if rerank else {})))
+            save_ranked(found[-1], df, files, Path(out)/'ranked.png')
     return found[-1]
 
 def _trained_on(file):
@@ -166,7 +166,6 @@ def reid_compare(
     check_folder(out, 'comparison.json')
     with _quietly(quiet):
         comparison = Comparison(out, load_splits(cfg.data), cfg, arms, seeds, factors, amplitudes, tune_pids, device, workers)
-        build_net(cfg)
         comparison.run()
         print(f'\n{comparison.summary()}\nFolder: {out}')
     return out

@@ -87,7 +87,6 @@ class Comparison:
         device:str|None=None, # Where to train; None: the GPU if there is one
         workers:int|None=None # Loader processes; None: as `ReIDDataLoaders` decides
     ):
-        check_protocol(splits)
         grids = {a: [float(o) for o in v] for a,v in dict(conventional=factors, adaptive=amplitudes).items() if a in arms}
         _check_grids(arms, grids, seeds)
         for arm,vals in grids.items():
@@ -141,6 +140,7 @@ def run(self:Comparison
     ) -> pd.DataFrame: # `runs`: a row a run, in the order they were made; also in `results.csv`
     "Train what is missing, and write tables and figures"
     check_folder(self.out, 'comparison.json')
+    for o in L(self.splits, self.held).filter(): check_run(o, self.cfg)
     self.out.mkdir(parents=True, exist_ok=True)
     with hold_folder(self.out),_again(self.out):
         self._begin()

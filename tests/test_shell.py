@@ -204,6 +204,17 @@ def test_a_complete_run_says_how_to_train_on(done, shell):
     refused(shell(reid_train, '--resume', done, '--epochs', '20'), 'complete', '--pretrained')
     assert shell(reid_train, '--resume', done).code==0
 
+def test_a_new_run_starts_from_the_weights_of_another(done, data, tmp_path, shell):
+    args = [*tiny, '--pretrained', done/'model.safetensors']
+    assert shell(reid_train, data, '--out', tmp_path/'r', *args).code==0
+    net = runs.build_net(read_config(tmp_path/'r'), 10)
+    for k,v in load_tensors(done/'model.safetensors')[0].items():
+        if k.startswith(('trunk','global_stage')): assert torch.equal(net.state_dict()[k], v), k
+    refused(shell(reid_train, data, '--out', tmp_path/'s', *args, '--arch', 'resnet18'), 'model.safetensors', 'resnet18')
+    (tmp_path/'notes.txt').write_text('my notes')
+    refused(res := shell(reid_train, data, '--out', tmp_path/'s', *tiny, '--pretrained', tmp_path/'notes.txt'), 'notes.txt')
+    assert 'weights_only' not in res.err
+
 def test_rows_stay_aligned(capsys):
     show = runs.row_printer()
     for v in (1e-30, -123456.789, float('nan'), 12.5): show(dict(epoch=1, train_loss=v, mAP=v))

@@ -213,7 +213,8 @@ def read_numbers(
 ) -> pd.DataFrame: # A copy in which `pid` and `camid` that are whole numbers written as text are numbers, so that -1 is junk and 0 a distractor
     "Tell numbers from names: '7' and '7.0' are a number, but beside '07' or 'anna' they are names"
     def f(o):
-        s = o.str.strip().str.replace(r'\.0*$', '', regex=True).str.replace(r'^-(0+)$', r'\1', regex=True)
+        s = o.str.strip().str.replace(r'^[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}$', lambda m: f'{float(m[0]):.0f}' if float(m[0])%1==0 else m[0], regex=True)
+        s = s.str.replace(r'\.0*$', '', regex=True).str.replace(r'^-(0+)$', r'\1', regex=True)
         return s.astype('int64') if s.str.fullmatch(r'-?\d{1,18}').all() and s.nunique()==s.astype('int64').nunique() else o
     if not isinstance(df, pd.DataFrame) or not len(df): return df  # `ReIDSplits` refuses it
     return df.assign(**{c: f(df[c]) for c in ('pid','camid') if c in df and df[c].ndim==1 and df[c].map(type).eq(str).all()})

@@ -1,0 +1,7 @@
+from .backbone import *
+from .weights import *
+from .net import *
+from .osnet import *
+from .rga import *
+from .ianet import *
+from .batnet import *
