@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: demo test docs clean
+.PHONY: demo test attack docs clean
 
 demo: $(READY)
 	$(BIN)/reid-train --epochs 5
 
 test: $(READY)
 	$(BIN)/python -m pytest -q
+
+# Kills, damaged files, hostile input and full disks: about half an hour on two cores. The test suite has a short version.
+attack: $(READY)
+	$(BIN)/python tests/attack.py
 
 # The whole site from scratch, as a stale page would hide a broken link. `python -m http.server -d _docs/html` shows it.
 docs: $(READY)
