@@ -110,7 +110,7 @@ def test_resume_after_a_kill(data, tmp_path, shell):
     whole,cut = tmp_path/'whole',tmp_path/'cut'
     assert shell('reid-train', data, '--out', whole, *args).returncode==0
     p = subprocess.Popen([script('reid-train'), data, '--out', str(cut), *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (cut/'checkpoint.pth').exists() or len(pd.read_csv(cut/'metrics.csv'))<2:
+    while not (cut/'metrics.csv').exists() or len(pd.read_csv(cut/'metrics.csv'))<2:
         assert p.poll() is None
         time.sleep(.02)
     p.kill()

@@ -574,7 +574,7 @@ def says(f, *words):
     "`f` is refused in one line of at most 300 characters that has `words`"
     with pytest.raises(ValueError) as e: f()
     s = str(e.value)
-    assert type(e.value) is ValueError and len(s)<=300 and '\n' not in s, s
+    assert isinstance(e.value, ValueError) and len(s)<=300 and '\n' not in s, s
     assert not (missing := [o for o in words if str(o) not in s]), f'{missing} not in: {s}'
     return s
 

@@ -1,3 +1,4 @@
+from reid_fastai.files import load_tensors, save_tensors
 "The evaluation modules against slow loops written from the protocol's words, over ties, junk, distractors, dtypes and layouts."
 import numpy as np
 import pytest
@@ -384,13 +385,10 @@ def test_rerank_round_trip(tmp_path):
 
 def test_rerank_of_an_earlier_version_is_refused(tmp_path):
     "Its weights follow from other distances; mixed with those of now they would rank wrongly without a word"
-    import json, safetensors.torch
-    from safetensors import safe_open
     build(*crowd(3, 20, 80)).rerank().save(tmp_path/'r')
-    with safe_open(tmp_path/'r', 'pt') as f: head,tensors = f.metadata(),{k: f.get_tensor(k) for k in f.keys()}
-    meta = json.loads(head['meta'])
+    tensors,meta = load_tensors(tmp_path/'r')
     del meta['original']
-    (tmp_path/'old').write_bytes(safetensors.torch.save(tensors, dict(head, meta=json.dumps(meta))))
+    save_tensors(tmp_path/'old', tensors, meta)
     with pytest.raises(ValueError, match='old: re-ranked by an earlier version.*anew'): RetrievalResults.load(tmp_path/'old')
 
 # --- pictures

@@ -69,7 +69,7 @@ def test_foreign_folder_is_left_alone(tmp_path):
 def refused(f, *words):
     with pytest.raises(ValueError) as e: f()
     s = str(e.value)
-    assert type(e.value) is ValueError and len(s)<=300 and '\n' not in s and all(o in s for o in words), s
+    assert isinstance(e.value, ValueError) and len(s)<=300 and '\n' not in s and all(o in s for o in words), s
 
 @pytest.mark.parametrize('how', ['empty','gone','extra','folder'])
 def test_damaged_folder_is_not_taken_for_whole(how, tmp_path, monkeypatch):
