@@ -878,6 +878,17 @@ def test_path_is_where_a_learner_keeps_its_files(market, tmp_path):
     assert ReIDDataLoaders.from_df(read_dataset(market).df, market, path=tmp_path, **KW).path==tmp_path
     assert ReIDDataLoaders.from_splits(read_dataset(market), path=tmp_path, **KW).path==tmp_path
 
+def test_messages_stay_short_whatever_they_quote():
+    from reid_fastai.core import check_protocol
+    long = lambda o: o*250
+    df = pd.DataFrame(dict(path=[long(o) for o in 'abcdef'], pid=[long(o) for o in 'uuvvww'], camid=[long(o) for o in 'xyxyxy'], split=['train','train','query','gallery','gallery','gallery']))
+    f = lambda df: check_protocol(block.ReIDSplits(df, '/data/'+long('name '), '/data/'+long('root ')))
+    f(df)
+    again = df[:1].assign(path='./'+df.path[0])
+    for bad,word in ((df.assign(pid=[long(o) for o in 'uuvwws']), 'none of the'), (df.assign(camid='x'), 'camera 1'), (pd.concat([df, again]), 'listed twice'), (pd.concat([df, again.assign(pid='b')]), '2 identities'),
+                     (pd.concat([df, again.assign(split='gallery')]), 'in a test split'), (df.assign(split=long('s')), 'split'), (df.rename(columns=dict(pid=long('p'))), 'missing'), (df[df.split!='query'], 'no images'),
+                     (df.assign(pid='9'*300), 'digits'), (df.assign(camid=[None]*6), 'have no'), (df.assign(camid=-2**60), 'digits'), (df.assign(camid=-5), 'camera -5')): says(lambda: f(bad), word)
+
 def test_brief():
     from reid_fastai.core import brief
     assert brief('abc')=='abc' and brief('a\n b')=='a b' and len(brief('x'*999, 50))==50 and brief('/a/'+'b'*99+'/name.jpg', 40).endswith('name.jpg')

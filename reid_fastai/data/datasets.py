@@ -73,7 +73,7 @@ def find(self:ReIDLayout,
     if len(hits)==1: return hits[0]
     if hits: raise ValueError(f'{brief(path)} holds {len(hits)} datasets of layout {self.name}: {_names(o.name for o in hits)}. Pass one of them.')
     best = min(cands, key=lambda o: len(self._missing(o)))
-    raise ValueError(f'{brief(best)} is not {self.name}{_nor(cands)}: {brief(self.why_not(best))}. Found there: {_listing(best)}.')
+    raise ValueError(f'{brief(best, 70)} is not {self.name}{_nor(cands)}: {brief(self.why_not(best), 70)}. Found there: {_listing(best)}.')
 
 def _nor(cands): return f', nor are the {len(cands)-1} folders beside or below it' if len(cands)>1 else ''
 
