@@ -90,7 +90,7 @@ def _check_files(df, name, files):
     if (twice := pd.DataFrame(dict(file=files, split=df.split.to_numpy())).duplicated()).any():
         at = twice.argmax()
         path,other = df.path.iloc[(files==files[at]).argmax()],df.path.iloc[at]
-        raise ValueError(f'{name}: {brief(path, 60)} is listed twice in split {df.split.iloc[at]!r}' + (f', also as {brief(other, 60)}' if other!=path else '')
+        raise ValueError(f'{name}: {brief(path)} is listed twice in split {df.split.iloc[at]!r}' + (f', also as {brief(other)}' if other!=path else '')
                          + f'; {twice.sum()} images in all are. Leave them in once.')
 
 # %% ../nbs/00_core.ipynb #0bb584bb
@@ -176,23 +176,13 @@ def check_search(
     for o in ('query','gallery'):
         if not (splits._part(o).pid!=JUNK_PID).any(): raise ValueError(f'{name}: no images for `{o}`; all three splits are needed.')
     q,g = (o[o.pid!=JUNK_PID] for o in (splits.query, splits.gallery))
-<<<<<<< HEAD
-=======
-    if (bad := q.pid[q.pid<=0]).size: raise ValueError(f'{name}: the query holds identity {bad.iloc[0]}, but 0 means distractor. Number people from 1.')
-    files,train = number_files(splits.df.path, splits.root),(splits.df.split=='train').to_numpy()
-    if (both := ~train & np.isin(files, files[train])).any():
-        path = splits.df.path[both].min()
-        other = splits.df.path[train & (files==files[(splits.df.path==path).argmax()])].iloc[0]
-        also = f' (in `train` as {brief(other, 50)})' if other!=path else ''
-        raise ValueError(f'{name}: {len(set(files[both]))} images are in `train` and in a test split, such as {brief(path, 60)}{also}. Leave them in one.')
->>>>>>> data
     if count_matches(q, g).any(): return
     cams = sorted({*q.camid, *g.camid})
     why = (f'all test images are from camera {cams[0]}. Leave the column `camid` out if cameras are unknown.' if len(cams)==1 else
            f'queries have identities {_few(splits, q)}, the gallery has {_few(splits, g)}.')
     raise ValueError(f'{name}: none of the {len(q)} queries has a match in the gallery, an image of its identity from another camera: {why}')
 
-def _few(splits, df): return brief(', '.join(str(splits.pid_names.get(o, o)) for o in df.pid.unique()[:5]), 30)+(', …' if df.pid.nunique()>5 else '')
+def _few(splits, df): return brief(', '.join(str(splits.pid_names.get(o, o)) for o in df.pid.unique()[:5]), 50)+(', …' if df.pid.nunique()>5 else '')
 
 def check_protocol(
     splits:ReIDSplits # To train on and to search in
@@ -200,7 +190,6 @@ def check_protocol(
     "Refuse what could not be trained on or evaluated"
     name = brief(splits.name)
     if not (splits.train.pid!=JUNK_PID).any(): raise ValueError(f'{name}: no images for `train`; all three splits are needed.')
-    check_search(splits)
     q = splits.query[lambda o: o.pid!=JUNK_PID]
     if (bad := q.pid[q.pid<=0]).size: raise ValueError(f'{name}: the query holds identity {bad.iloc[0]}, but 0 means distractor. Number people from 1.')
     files,train = number_files(splits.df.path, splits.root),(splits.df.split=='train').to_numpy()
@@ -209,6 +198,7 @@ def check_protocol(
         other = splits.df.path[train & (files==files[(splits.df.path==path).argmax()])].iloc[0]
         also = f' (in `train` as {brief(other, 60)})' if other!=path else ''
         raise ValueError(f'{name}: {len(set(files[both]))} images are in `train` and in a test split, such as {brief(path)}{also}. Leave them in one.')
+    check_search(splits)
 
 # %% ../nbs/00_core.ipynb #731c5c9c
 def progress(

@@ -19,6 +19,8 @@ from filelock import FileLock,Timeout
 from safetensors import SafetensorError,safe_open
 from safetensors.torch import save
 
+from .core import brief
+
 # %% ../nbs/00a_files.ipynb #5694fecc
 def cache_home(
     ) -> Path: # `$REID_FASTAI_HOME`, else `reid_fastai` in the user's cache folder
@@ -41,7 +43,7 @@ def _writing(path, n=0):
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(first(o for o in Path(path).absolute().parents if o.exists())).free
             why += (f'; {_size(n)} are needed' if n else '')+f'; {_size(free)} are free'
-        raise WriteError(f'{path} cannot be written: {why}.') from e
+        raise WriteError(f'{brief(path)} cannot be written: {why}.') from e
 
 # %% ../nbs/00a_files.ipynb #bf036a4a
 @contextmanager
@@ -98,7 +100,7 @@ def check_writable(
     try:
         with suppress(FileNotFoundError): path.lstat()  # refuses names that no file can have
         with tempfile.TemporaryFile(dir=first(o for o in ([path] if folder else [])+[*path.parents] if os.path.exists(o))): pass
-    except OSError as e: raise ValueError(f'{path} cannot be written: {e.strerror}. Name another place.') from e
+    except OSError as e: raise ValueError(f'{brief(path)} cannot be written: {e.strerror}. Name another place.') from e
 
 # %% ../nbs/00a_files.ipynb #220bc84c
 def check_outputs(
@@ -219,9 +221,9 @@ def check_folder(
     marker:str # File that marks its kind
 ):
     "Refuse a folder that holds something else, or where nothing can be written"
+    if os.path.exists(path) and not os.path.isdir(path): raise ValueError(f'{path} is a file, where a folder for {_kinds[marker]} is needed. Name another place.')
     check_writable(path, folder=True)
     if not os.path.exists(path): return
-    if not os.path.isdir(path): raise ValueError(f'{path} is a file, where a folder for {_kinds[marker]} is needed. Name another place.')
     found = set(os.listdir(path))-{'.lock','.held_by.json'}
     if found and marker not in found:
         what = first(v for k,v in _kinds.items() if k in found) or f'other files, such as {min(found)}'

@@ -15,6 +15,7 @@ from fastcore.all import *
 from fastcore.script import anno_parser
 
 from . import __version__
+from .core import plain_errors
 
 # %% ../nbs/20a_shell.ipynb #17af9bdb
 def one_line(
@@ -99,7 +100,7 @@ def run_command(
     sys.stdout,sys.stderr,warnings.showwarning = Patient(out),Patient(err),_warn(prog)
     def say(msg): print(one_line(f'{prog}: {msg}'), file=sys.stderr)
     try:
-        with _sigterm(): func(**_parse(func, prog, pos, args))
+        with _sigterm(),plain_errors(): func(**_parse(func, prog, pos, args))
         return 0
     except KeyboardInterrupt as e:
         say('terminated' if isinstance(e, Terminated) else 'interrupted')
@@ -118,11 +119,11 @@ def _short_of_memory(e): return bool(re.search("out of memory|can't allocate mem
 
 def message(
     e:BaseException # What was raised
-) -> str: # Without what fastai puts around the errors of callbacks
+) -> str:
     "What an error says"
     if isinstance(e, MemoryError) or _short_of_memory(e): return f'memory is short. Lower `size`, or the number of images in a batch. ({e})'
     if isinstance(e, OSError) and e.filename: return f'{e.filename}: {e.strerror}.'
-    return re.sub(r'^Exception occured in `\w+` when calling event `\w+`:\n\t', '', str(e))
+    return str(e)
 
 def command(
     pos:list=None # Parameters that are positional although they have a default

@@ -1,4 +1,3 @@
-from reid_fastai.files import load_tensors, save_tensors
 "The evaluation modules against slow loops written from the protocol's words, over ties, junk, distractors, dtypes and layouts."
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import reid_fastai.evaluation.rerank as rerank
 from reid_fastai.evaluation.distances import Distances, topk_keys
 from reid_fastai.evaluation.metrics import RetrievalResults
 from pretend_gpu import pretend_gpu
+from reid_fastai.files import load_tensors, save_tensors
 
 build = RetrievalResults.from_embeddings
 quiet = pytest.mark.filterwarnings('ignore:.*nobody to find')
