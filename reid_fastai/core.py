@@ -90,7 +90,7 @@ def _check_files(df, name, files):
     if (twice := pd.DataFrame(dict(file=files, split=df.split.to_numpy())).duplicated()).any():
         at = twice.argmax()
         path,other = df.path.iloc[(files==files[at]).argmax()],df.path.iloc[at]
-        raise ValueError(f'{name}: {brief(path)} is listed twice in split {df.split.iloc[at]!r}' + (f', also as {brief(other)}' if other!=path else '')
+        raise ValueError(f'{name}: {brief(path, 60)} is listed twice in split {df.split.iloc[at]!r}' + (f', also as {brief(other, 60)}' if other!=path else '')
                          + f'; {twice.sum()} images in all are. Leave them in once.')
 
 # %% ../nbs/00_core.ipynb #0bb584bb
@@ -182,7 +182,7 @@ def check_search(
            f'queries have identities {_few(splits, q)}, the gallery has {_few(splits, g)}.')
     raise ValueError(f'{name}: none of the {len(q)} queries has a match in the gallery, an image of its identity from another camera: {why}')
 
-def _few(splits, df): return brief(', '.join(str(splits.pid_names.get(o, o)) for o in df.pid.unique()[:5]), 50)+(', …' if df.pid.nunique()>5 else '')
+def _few(splits, df): return brief(', '.join(str(splits.pid_names.get(o, o)) for o in df.pid.unique()[:5]), 30)+(', …' if df.pid.nunique()>5 else '')
 
 def check_protocol(
     splits:ReIDSplits # To train on and to search in
@@ -196,8 +196,8 @@ def check_protocol(
     if (both := ~train & np.isin(files, files[train])).any():
         path = splits.df.path[both].min()
         other = splits.df.path[train & (files==files[(splits.df.path==path).argmax()])].iloc[0]
-        also = f' (in `train` as {brief(other, 60)})' if other!=path else ''
-        raise ValueError(f'{name}: {len(set(files[both]))} images are in `train` and in a test split, such as {brief(path)}{also}. Leave them in one.')
+        also = f' (in `train` as {brief(other, 50)})' if other!=path else ''
+        raise ValueError(f'{name}: {len(set(files[both]))} images are in `train` and in a test split, such as {brief(path, 60)}{also}. Leave them in one.')
     check_search(splits)
 
 # %% ../nbs/00_core.ipynb #731c5c9c

@@ -6,7 +6,7 @@
 __all__ = ['one_line', 'Patient', 'Terminated', 'in_shell', 'run_command', 'message', 'command']
 
 # %% ../nbs/20a_shell.ipynb #d7bcf452
-import argparse,os,re,signal,sys,warnings
+import argparse,os,re,signal,sys,threading,warnings
 from contextlib import contextmanager,suppress
 from functools import wraps
 from pathlib import Path
@@ -54,6 +54,7 @@ class Terminated(KeyboardInterrupt):
 @contextmanager
 def _sigterm():
     "Let SIGTERM end the command as Ctrl-C does, so that nothing half-made stays"
+    if threading.current_thread() is not threading.main_thread(): return (yield)  # only the main thread gets signals
     def stop(*_): raise Terminated()
     old = signal.signal(signal.SIGTERM, stop)
     try: yield
