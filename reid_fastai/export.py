@@ -68,7 +68,7 @@ def load_model(
 ) -> ReIDNet: # In evaluation mode: images (b, 3, h, w) in [0, 1] → embeddings (b, `n_features`)
     "Rebuild a network from its file"
     meta = read_meta(path)
-    net = build_reid_net(meta['arch'], meta['n_classes'], meta['regions'], pretrained=False)
+    net = build_reid_net(meta['arch'], meta['n_classes'], meta['regions'], pretrained=False, size=meta['size'])
     with safe_open(path, 'pt') as f: arrays = {k: f.get_tensor(k) for k in f.keys()}
     own = net.state_dict()
     if bad := sorted(k for k in {*own, *arrays} if k not in own or k not in arrays or own[k].shape!=arrays[k].shape):

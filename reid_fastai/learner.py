@@ -16,7 +16,7 @@ from fastcore.all import *
 
 from .callback.evaluation import *
 from .losses import ReIDLoss
-from .models import *
+from .models.all import *
 from .schedules import *
 
 # %% ../nbs/16_learner.ipynb #1ece7a4a
@@ -31,8 +31,8 @@ class ReIDLearner(Learner):
 @delegates(Learner.__init__, but=['dls','model','loss_func','opt_func','splitter','cbs'])
 def reid_learner(
     dls:DataLoaders, # Batches `(x, pid, camid)`, x in [0, 1], as `ReIDDataLoaders` makes them
-    arch:str|Callable='resnet50', # Backbone of timm or torchvision, by name or function
-    regions:int=2, # Horizontal strips with a branch each, as in the paper; 0 for the light head, the global branch alone
+    arch:str|Callable='resnet50', # Backbone of timm or torchvision, by name or function, or the name of a published network, such as 'osnet_x1_0'
+    regions:int=2, # Horizontal strips with a branch each, as in the paper; 0 for the light head, the global branch alone. Published networks have branches of their own instead
     pretrained:bool|str=True, # Weights of the backbone: True to look for them, False for random ones, or a file
     # Training
     loss_func:Callable|None=None, # Of (output, pid, camid); None: `ReIDLoss`
@@ -46,6 +46,6 @@ def reid_learner(
 ) -> ReIDLearner: # A `Learner` that can show ranked lists
     "A `Learner` for person re-identification"
     if not getattr(dls, 'c', 0): raise ValueError('The loaders do not say how many identities they train on (`dls.c`); make them with `ReIDDataLoaders`.')
-    net = build_reid_net(arch, dls.c, regions=regions, pretrained=pretrained).lay_out(getattr(dls, 'device', None) or 'cpu')
+    net = build_reid_net(arch, dls.c, regions=regions, pretrained=pretrained, size=getattr(dls, 'size', None)).lay_out(getattr(dls, 'device', None) or 'cpu')
     return ReIDLearner(dls, net, ifnone(loss_func, ReIDLoss()), opt_func=opt_func, splitter=splitter,
                    cbs=L(RetrievalMetrics(eval_every, flip)) + L(cbs), **kwargs)

