@@ -30,7 +30,9 @@ def test_imports_point_one_way(module):
     for o in _imports(module):
         if o in order: assert order[o]<order[module], f'{order[module]} imports {o}, which is {order[o]}'
 
-@pytest.mark.parametrize('module,banned', [('regularizers', 'fastai'), ('losses', 'fastai'), ('models', 'fastai'), ('models', 'reid_fastai.regularizers'),
+plain = ['regularizers', 'losses', *(m for m in order if m.startswith('models.'))]
+
+@pytest.mark.parametrize('module,banned', [*((m,'fastai') for m in plain), *((m,'reid_fastai.regularizers') for m in plain[1:]),
                                            ('learner', 'reid_fastai.data.datasets'), ('callback.regularizer', 'reid_fastai.models')])
 def test_what_must_not_be_known(module, banned):
     tree = ast.parse((lib/f'{module.replace(".", "/")}.py').read_text(encoding='utf-8'))
@@ -45,3 +47,9 @@ def test_all_hands_on_every_public_name():
         m = importlib.import_module(f'reid_fastai.{module}')
         missing = [n for n in m.__all__ if not hasattr(everything, n)]
         assert not missing, f'{module}: {missing}'
+
+def test_star_import_of_models_takes_names_alone():
+    "The package hands on its modules' names, and not the modules: one is called `all`"
+    space = {}
+    exec('from reid_fastai.models import *', space)
+    assert {'build_reid_net', 'ReIDNet', 'ReIDOutput', 'resolve_arch', 'reid_splitter', 'methods'} <= set(space) and 'all' not in space and 'net' not in space
