@@ -16,7 +16,7 @@ from fastcore.all import *
 
 from .callback.evaluation import *
 from .losses import ReIDLoss
-from .models.all import *
+from .models import *
 from .schedules import *
 
 # %% ../nbs/16_learner.ipynb #1ece7a4a
@@ -31,8 +31,8 @@ class ReIDLearner(Learner):
 @delegates(Learner.__init__, but=['dls','model','loss_func','opt_func','splitter','cbs'])
 def reid_learner(
     dls:DataLoaders, # Batches `(x, pid, camid)`, x in [0, 1], as `ReIDDataLoaders` makes them
-    arch:str|Callable='resnet50', # Backbone of timm or torchvision, by name or function, or the name of a published network, such as 'osnet_x1_0'
-    regions:int=2, # Horizontal strips with a branch each, as in the paper; 0 for the light head, the global branch alone. Published networks have branches of their own instead
+    arch:str|Callable='resnet50', # Backbone of timm or torchvision, by name or function
+    regions:int=2, # Horizontal strips with a branch each, as in the paper; 0 for the light head, the global branch alone
     pretrained:bool|str=True, # Weights of the backbone: True to look for them, False for random ones, or a file
     # Training
     loss_func:Callable|None=None, # Of (output, pid, camid); None: `ReIDLoss`

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils import _pytree as pytree
 
-import reid_fastai.models.weights as weights
+from reid_fastai.models import weights
 from reid_fastai.export import load_embedder, load_model, read_meta, save_model
 from reid_fastai.losses import ReIDLoss
 from reid_fastai.models import ReIDOutput, build_reid_net, reid_splitter, resolve_arch
