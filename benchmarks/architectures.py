@@ -3,7 +3,8 @@
     python benchmarks/architectures.py --torchreid DIR --rga DIR --ianet DIR --batnet DIR
 
 Each DIR is a clone: KaiyangZhou/deep-person-reid, microsoft/Relation-Aware-Global-Attention-Networks, blue-blue272/ImgReID-IAnet and
-PengfeiFANGanu/Attention-in-Attention-Networks. The last two have no licence: they are run here, and nothing is taken from them."""
+PengfeiFANGanu/Attention-in-Attention-Networks. The last two have no licence: they are run here, and nothing is taken from them.
+Both sides compute in float64: in training BatchNorm over a few images magnifies the rounding of float32 beyond 1e-5."""
 import importlib.util, sys, tempfile, types
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
@@ -59,9 +60,10 @@ def of_ianet(folder):
 
 def of_batnet(folder):
     net = module(folder, 'models/bilinear_aia_noHard_net.py', 'theirs_batnet').BilinearAIAnetCnoHard(n_classes, loss={'xent','htri'})
-    old = dict(affine_grid=partial(F.affine_grid, align_corners=True), grid_sample=partial(F.grid_sample, align_corners=True))  # as in torch 1.1, which it is for
+    grid,sample = F.affine_grid,F.grid_sample
+    def old_grid(theta, size): return grid(theta.double(), size, align_corners=True)  # as in torch 1.1, which it is for
     def run(x):
-        with patch.multiple(F, **old):
+        with patch.multiple(F, affine_grid=old_grid, grid_sample=partial(sample, align_corners=True)):
             if not net.training: return net(x),
             logits,embs = net(x)
             return *embs,*logits
@@ -91,8 +93,9 @@ def compare(name, net, run, file, tol):
     "Load the arrays of `net` by way of a checkpoint file; print how far outputs, and the running statistics after training, differ"
     shake(net)
     torch.save(dict(state_dict={f'module.{k}': v for k,v in net.state_dict().items()}, epoch=1), file)
-    ours = build_reid_net(name, n_classes, pretrained=file)
-    x = torch.rand(4, 3, *size)
+    ours = build_reid_net(name, n_classes, pretrained=file).double()
+    net.double()
+    x = torch.rand(4, 3, *size, dtype=torch.float64)
     normed = (x-ours.mean)/ours.std
     with torch.no_grad(),dropout_off(net, ours):
         net.eval(), ours.eval()
@@ -101,7 +104,9 @@ def compare(name, net, run, file, tol):
         out = ours(x)
         training = max(distance(a, b) for a,b in zip([*out.embeddings, *out.logits], run(normed), strict=True))
         net.eval(), ours.eval()
-        after = distance(ours(x), run(normed)[0])
+        emb = ours(x)
+        after = distance(emb, run(normed)[0])
+    assert (emb.std(0)>0).float().mean()>.1  # equal zeros would prove nothing
     n = sum(p.numel() for p in ours.parameters())
     print(f'{name:16} {n:10,} parameters; evaluation {evaluation:.1e}, training {training:.1e}, evaluation after one training batch {after:.1e}')
     return max(evaluation, training, after)<=tol

@@ -60,7 +60,7 @@ def load_model(
 ) -> ReIDNet: # In evaluation mode: images (b, 3, h, w) in [0, 1] → embeddings (b, `n_features`)
     "Rebuild a network from its file"
     arrays,meta = _read(path)
-    net = build_reid_net(meta['arch'], meta['n_classes'], meta['regions'], pretrained=False)
+    net = build_reid_net(meta['arch'], meta['n_classes'], meta['regions'], pretrained=False, size=meta['size'])
     own = net.state_dict()
     if bad := sorted(k for k in {*own, *arrays} if k not in own or k not in arrays or own[k].shape!=arrays[k].shape):
         raise ValueError(f'{path} does not fit the {meta["arch"]} it claims to be: {len(bad)} of {len(own)} arrays are missing, foreign or of '

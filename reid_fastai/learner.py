@@ -56,7 +56,7 @@ def reid_learner(
 ) -> ReIDLearner: # A `Learner` that can show ranked lists
     "A `Learner` for person re-identification"
     if not getattr(dls, 'c', 0): raise ValueError('The loaders do not say how many identities they train on (`dls.c`); make them with `ReIDDataLoaders`.')
-    net = arch if isinstance(arch, nn.Module) else build_reid_net(arch, dls.c, regions=regions, pretrained=pretrained)
+    net = arch if isinstance(arch, nn.Module) else build_reid_net(arch, dls.c, regions=regions, pretrained=pretrained, size=getattr(dls, 'size', None))
     if net.n_classes!=dls.c: raise ValueError(f'The network has {net.n_classes} classes, and the loaders train on {dls.c} identities. Build it with n_classes={dls.c}.')
     net.lay_out(getattr(dls, 'device', None) or 'cpu')
     return ReIDLearner(dls, net, ifnone(loss_func, ReIDLoss()), opt_func=opt_func, splitter=splitter,

@@ -101,7 +101,7 @@ def build_net(
     n_classes:int=1 # Identities to train on
 ) -> ReIDNet:
     "The network that `cfg` describes; refuses missing weights, and an image too small for it or for the regions"
-    net = build_reid_net(cfg.arch, n_classes, regions=cfg.regions, pretrained=cfg.weights).eval()
+    net = build_reid_net(cfg.arch, n_classes, regions=cfg.regions, pretrained=cfg.weights, size=cfg.size).eval()
     with torch.no_grad(): net(torch.zeros(1, 3, *cfg.size))
     return net.train()
 

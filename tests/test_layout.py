@@ -45,3 +45,9 @@ def test_all_hands_on_every_public_name():
         m = importlib.import_module(f'reid_fastai.{module}')
         missing = [n for n in m.__all__ if not hasattr(everything, n)]
         assert not missing, f'{module}: {missing}'
+
+def test_star_import_of_models_takes_names_alone():
+    "The package hands on its modules' names, and not the modules: one is called `all`"
+    space = {}
+    exec('from reid_fastai.models import *', space)
+    assert {'build_reid_net', 'ReIDNet', 'ReIDOutput', 'resolve_arch', 'reid_splitter', 'methods'} <= set(space) and 'all' not in space and 'net' not in space

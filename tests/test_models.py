@@ -150,6 +150,13 @@ def test_compiles_in_one_piece():
         torch._dynamo.reset()
         torch.compile(mode, backend='eager', fullgraph=True)(images())
 
+@pytest.mark.parametrize('regions', [0,2])
+def test_exports_in_default_mode(regions):
+    "`torch.export` traces with tensors that cannot be cast, and fastai's image type is cast all the same"
+    net = build(regions=regions).eval()
+    prog = torch.export.export(net, (images(2),))
+    with torch.no_grad(): torch.testing.assert_close(prog.module()(images(2)), net(TensorImage(images(2))), rtol=1e-4, atol=1e-5)
+
 # --- splitter
 
 @pytest.mark.parametrize('regions', [0,2,3])

@@ -272,7 +272,7 @@ def from_splits(cls:ReIDDataLoaders,
     dls = dblock.dataloaders(df, path=path, bs=sampler.bs, val_bs=val_bs, num_workers=num_workers, device=device,
                              dl_kwargs=[dict(sampler=sampler),{}])
     res = cls(*dls.loaders, path=path, device=dls.device)
-    res.splits,res.test_df = splits,test_df
+    res.splits,res.test_df,res.size = splits,test_df,tuple(size)
     return res
 
 # %% ../../nbs/08_data.block.ipynb #73ac6873
