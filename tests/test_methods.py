@@ -17,7 +17,8 @@ from reid_fastai.learner import reid_learner
 from reid_fastai.losses import ReIDLoss
 from reid_fastai.models import (BilinearAttention, PublishedRecipe, RelationAttention, ReIDNet, ReIDOutput, SpatialInteraction, build_reid_net,
                                 interaction_aggregation, methods, register_method, reid_splitter, resolve_arch)
-from reid_fastai.runs import check_backbone, run_config
+from reid_fastai.config import RunConfig
+from reid_fastai.runs import build_net
 from reid_fastai.test_utils import tiny_dls
 
 small = (64,32)
@@ -229,8 +230,8 @@ def test_large_values_in_half_precision():
     assert block.half()(x.half()).isfinite().all()
 
 def test_check_backbone():
-    cfg = run_config(arch='osnet_x0_25', pretrained='none', size='64x32')
-    check_backbone(cfg)
+    cfg = RunConfig(arch='osnet_x0_25', pretrained='none', size='64x32')
+    build_net(cfg)
 
 # --- weights
 
