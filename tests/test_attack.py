@@ -13,11 +13,9 @@ if hasattr(os, 'fork'): from attack import Failed, figures, one_line, same
 os.environ.clear(); os.environ.update(env)  # importing `attack` sets the threads of its children
 
 def test_a_few_attacks():
-    "All kinds but the slow ones; the seed is fixed, so the attacks are the same each time"
-    kinds = 'kill train,kill eval,files of a run,images,tables,options,pickles'
-    res = subprocess.run([sys.executable, here/'attack.py', '--only', kinds, '--kills', '4', '--inputs', '60', '--jobs', '1'], capture_output=True, text=True)
+    "The seed is fixed, so the attacks are the same each time"
+    res = subprocess.run([sys.executable, here/'attack.py', '--kills', '5', '--inputs', '24', '--disks', '2', '--seed', '11'], capture_output=True, text=True)
     assert res.returncode==0, res.stdout+res.stderr
-    assert re.search(r'^all +64 +64 +0 +0 +0 +0$', res.stdout, re.M), res.stdout
 
 def said(err, code=2, out=''): return SimpleNamespace(argv=['reid-train'], code=code, err=err, out=out)
 
