@@ -145,7 +145,7 @@ class World:
         "The command `name`, working in folder `d`"
         odd = {'train':[], 'train seed 1':['--seed','1'], 'train held-out':['--val-pids','.3','--rerank','--seed','3']}
         if name in odd: return ['reid-train', self.data, '--out', d/'run', *TINY, *odd[name]]
-        shown = ['--out', d/'out'/'e.png'] if '--out' in self.options('reid-eval') else []
+        shown = ['--out', d/'out'/'shown'] if '--out' in self.options('reid-eval') else []
         return {'compare': ['reid-compare', self.data, '--out', d/'comp', *COMPARE], 'resume cut': ['reid-train', '--resume', d/'cut'], 'resume': ['reid-train', '--resume', d/'run'],
             'eval': ['reid-eval', d/'run', self.data, '--csv', d/'out'/'q.csv', '--features', d/'out'/'f.safetensors', '--rerank', *shown],
             'features': ['reid-eval', d/'run', '--features', d/'f.safetensors'], 'just eval': ['reid-eval', d/'run'],
@@ -280,13 +280,14 @@ def two_starts(a):
 def targets(w, kind):
     "Folder, file and the command that meets it"
     names = lambda d: sorted(str(o.relative_to(w.dir/d)) for o in (w.dir/d).rglob('[!.]*') if o.is_file())
+    if kind=='weights to start from': return [('run', 'model.safetensors', 'pretrained')]
     if kind=='files of a comparison': return [(d, f, 'compare') for d in ('comp','ccut') for f in names(d)]
     return [*((('cut', f, 'resume cut') for f in 2*names('cut'))), *(('run', f, c) for f in names('run') for c in ('resume','just eval')), *3*[('run', 'model.safetensors', 'just eval')],
-            *2*[('run', 'model.safetensors', 'pretrained')], *2*[('f.safetensors', '', 'features')]]
+            *2*[('f.safetensors', '', 'features')]]
 
 def damage(a, how=None):
     "Damage a file, and use what it belongs to: the figures of the undamaged one, or a refusal that names the file"
-    ts = targets(a.w, 'files of a comparison' if a.kind=='files of a comparison' else 'files of a run')
+    ts = targets(a.w, a.kind)
     d,f,name = a.rng.choice(ts) if how else ts[a.i%len(ts)]
     a.copy(d, *({'run'}-{d} if name=='features' else ()))
     what,how = ('pickle',how) if how else a.rng.choice(list(DAMAGES.items()))
@@ -452,10 +453,20 @@ def can_mount():
 
 def _k(f, share, group, *needs): return SimpleNamespace(f=f, share=share, group=group, needs=needs)
 KINDS = {'kill train': _k(kill, .45, 'kills'), 'kill train held-out': _k(kill, .15, 'kills', 'train held-out'), 'kill compare': _k(kill, .2, 'kills', 'compare'), 'kill eval': _k(kill, .2, 'kills', 'eval'),
-    'files of a run': _k(damage, .31, 'inputs', 'cut', 'resume', 'just eval', 'eval', 'features', 'pretrained'), 'files of a comparison': _k(damage, .1, 'inputs', 'compare', 'ccut'), 'images': _k(images, .13, 'inputs', 'images'),
-    'tables': _k(tables, .12, 'inputs', 'table'), 'options': _k(options, .26, 'inputs'), 'pickles': _k(pickles, .04, 'inputs', 'cut', 'resume', 'just eval', 'eval', 'features', 'pretrained'),
+    'files of a run': _k(damage, .29, 'inputs', 'cut', 'resume', 'just eval', 'eval', 'features'), 'weights to start from': _k(damage, .02, 'inputs', 'pretrained'), 'files of a comparison': _k(damage, .1, 'inputs', 'compare', 'ccut'), 'images': _k(images, .13, 'inputs', 'images'),
+    'tables': _k(tables, .12, 'inputs', 'table'), 'options': _k(options, .26, 'inputs'), 'pickles': _k(pickles, .04, 'inputs', 'cut', 'resume', 'just eval', 'eval', 'features'),
     'surroundings': _k(surroundings, .025, 'inputs', 'compare', 'just eval'), 'two starts': _k(two_starts, .015, 'inputs', 'compare', 'train seed 1'),
     'disk full': _k(disk_full, 1, 'disks', 'train held-out', 'compare', 'eval')}
+
+def numbers(kinds, asked):
+    "Kind -> how many attacks: shares of `asked.kills`, `asked.inputs` and `asked.disks` that add up to them"
+    res,upto = {},Counter()
+    for name,k in kinds.items():
+        part = lambda: round(getattr(asked, k.group)*upto[k.group]/sum(o.share for o in kinds.values() if o.group==k.group))
+        before = part()
+        upto[k.group] += k.share
+        res[name] = part()-before
+    return res
 
 def attack(world, kind, i, seed, keep):
     "One attack: the row of the table it counts for, what was wrong, and why"
@@ -509,8 +520,7 @@ def main():
     os.environ['REID_FASTAI_HOME'] = str(home/'cache')
     skipped = 'disk full' in kinds and not can_mount()
     if skipped: del kinds['disk full']
-    total = lambda group: sum(k.share for k in kinds.values() if k.group==group)
-    cases = [(n, i) for n,k in kinds.items() for i in range(round(getattr(a, k.group)*k.share/total(k.group)))] if a.case is None else [(n, a.case) for n in kinds]
+    cases = [(k, i) for k,n in numbers(kinds, a).items() for i in range(n)] if a.case is None else [(k, a.case) for k in kinds]
     random.Random(a.seed).shuffle(cases)
     try:
         (world := World(home)).make(kinds)

@@ -1,29 +1,54 @@
-"A few of the attacks of `make attack`"
-import os, subprocess, sys
+"A few of the attacks of `make attack`, and that its judgements can fail"
+import os, re, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='attacks fork')
-def test_a_few_attacks():
-    res = subprocess.run([sys.executable, Path(__file__).with_name('attack.py'), '--kills', '5', '--inputs', '24', '--disks', '2', '--seed', '7'], capture_output=True, text=True)
-    assert res.returncode==0, res.stdout+res.stderr
+pytestmark = pytest.mark.skipif(not hasattr(os, 'fork') or not hasattr(os, 'mkfifo'), reason='attacks need fork, signals and FIFOs')
+here = Path(__file__).parent
+sys.path.insert(0, str(here))
+env = dict(os.environ)
+if hasattr(os, 'fork'): from attack import KINDS, Failed, figures, numbers, one_line, same
+os.environ.clear(); os.environ.update(env)  # importing `attack` sets the threads of its children
 
-def test_the_harness_can_fail(tmp_path):
-    "Judgements refuse what they are there to refuse"
-    from types import SimpleNamespace as ns
-    sys.path.insert(0, str(Path(__file__).parent))
-    from attack import Failed, figures, one_line, same
-    good = ns(argv=['reid-eval'], code=2, out='', err='reid-eval: error: a.csv: there is no such file.\n')
-    one_line(good, ['a.csv'])
-    for bad in (dict(code=0), dict(code=1), dict(code='hang'), dict(err=''), dict(err=good.err*2), dict(err='Traceback (most recent call last)'), dict(err=good.err.replace('a.csv', 'a'*300))):
-        with pytest.raises(Failed): one_line(ns(**{**vars(good), **bad}), ['a.csv'])
-    with pytest.raises(Failed): one_line(good, ['b.csv'])
-    (tmp_path/'metrics.csv').write_text('epoch,mAP,seconds\n1,30.5,2.0\n')
-    was = figures(tmp_path)
-    (tmp_path/'metrics.csv').write_text('epoch,mAP,seconds\n1,30.5,3.0\n')
-    same(figures(tmp_path), was)
-    (tmp_path/'metrics.csv').write_text('epoch,mAP,seconds\n1,30.6,2.0\n')
-    with pytest.raises(Failed): same(figures(tmp_path), was)
-    (tmp_path/'metrics.csv').unlink()
-    with pytest.raises(Failed): same(figures(tmp_path), was)
+def test_a_few_attacks():
+    "The kinds that are quick; the seed is fixed, so the attacks are the same each time"
+    kinds = 'kill train,files of a run,images,tables,options'
+    res = subprocess.run([sys.executable, here/'attack.py', '--only', kinds, '--kills', '2', '--inputs', '30', '--jobs', str(min(2, os.cpu_count()))], capture_output=True, text=True)
+    assert res.returncode==0, res.stdout+res.stderr
+    assert re.search(r'^all +32 +32 +0 +0 +0 +0$', res.stdout, re.M), res.stdout
+
+def test_numbers_of_attacks_add_up():
+    n = numbers(KINDS, SimpleNamespace(kills=100, inputs=1000, disks=24))
+    for group,total in dict(kills=100, inputs=1000, disks=24).items(): assert sum(v for k,v in n.items() if KINDS[k].group==group)==total
+    assert min(n.values())>=10
+
+def said(err, code=2, out=''): return SimpleNamespace(argv=['reid-train'], code=code, err=err, out=out)
+
+def test_a_proper_refusal_is_accepted():
+    assert one_line(said('reid-train: error: /a/config.json is damaged.\n'), ['config.json'])
+
+@pytest.mark.parametrize('res,what,why', [
+    (said('', code='hang'), 'hang', '60 s'), (said('Traceback (most recent call last):\nKeyError: 1\n', code=1), 'traceback', 'KeyError: 1'), (said('reid-train: error: config.json', code=1), 'message', 'exit 1'),
+    (said('usage: …\nreid-train: error: config.json'), 'message', '2 lines'), (said('config.json is damaged'), 'message', '22 characters'), (said(f'reid-train: error: config.json {"x"*300}'), 'message', 'characters'),
+    (said('reid-train: error: damaged'), 'message', 'is named'), (said(''), 'message', '0 lines')])
+def test_what_is_no_proper_refusal(res, what, why):
+    with pytest.raises(Failed) as e: one_line(res, ['config.json'])
+    assert e.value.what==what and why in e.value.why
+
+def test_other_figures_are_found(tmp_path):
+    "Durations and checksums may differ, a last digit may not"
+    def run(d, mAP, train_loss, secs):
+        (tmp_path/d).mkdir()
+        (tmp_path/d/'results.json').write_text(f'{{"mAP": {mAP}, "seconds_per_epoch": {secs}, "sha256": "{secs}"}}')
+        (tmp_path/d/'metrics.csv').write_text(f'epoch,train_loss,seconds\n1,{train_loss},{secs}\n')
+        return figures(tmp_path/d)
+    right = run('a', 29.16, 4.5741, 1)
+    same(run('b', 29.16, 4.5741, 2), right)
+    for d,args,file in (('c', (29.17, 4.5741, 1), 'results.json'), ('d', (29.16, 4.5742, 1), 'metrics.csv')):
+        with pytest.raises(Failed) as e: same(run(d, *args), right)
+        assert file in e.value.why
+    (tmp_path/'b'/'.metrics.csv.x').write_text('')
+    with pytest.raises(Failed) as e: same(figures(tmp_path/'b'), right)
+    assert 'left behind' in e.value.why
