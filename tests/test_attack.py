@@ -9,13 +9,20 @@ pytestmark = pytest.mark.skipif(not hasattr(os, 'fork') or not hasattr(os, 'mkfi
 here = Path(__file__).parent
 sys.path.insert(0, str(here))
 env = dict(os.environ)
-if hasattr(os, 'fork'): from attack import Failed, figures, one_line, same
+if hasattr(os, 'fork'): from attack import KINDS, Failed, figures, numbers, one_line, same
 os.environ.clear(); os.environ.update(env)  # importing `attack` sets the threads of its children
 
 def test_a_few_attacks():
-    "The seed is fixed, so the attacks are the same each time"
-    res = subprocess.run([sys.executable, here/'attack.py', '--kills', '5', '--inputs', '24', '--disks', '2', '--seed', '11'], capture_output=True, text=True)
+    "The kinds that are quick; the seed is fixed, so the attacks are the same each time"
+    kinds = 'kill train,files of a run,images,tables,options'
+    res = subprocess.run([sys.executable, here/'attack.py', '--only', kinds, '--kills', '2', '--inputs', '24', '--jobs', str(min(2, os.cpu_count()))], capture_output=True, text=True)
     assert res.returncode==0, res.stdout+res.stderr
+    assert re.search(r'^all +26 +26 +0 +0 +0 +0$', res.stdout, re.M), res.stdout
+
+def test_numbers_of_attacks_add_up():
+    n = numbers(KINDS, SimpleNamespace(kills=100, inputs=1000, disks=24))
+    for group,total in dict(kills=100, inputs=1000, disks=24).items(): assert sum(v for k,v in n.items() if KINDS[k].group==group)==total
+    assert min(n.values())>=10
 
 def said(err, code=2, out=''): return SimpleNamespace(argv=['reid-train'], code=code, err=err, out=out)
 
