@@ -19,11 +19,12 @@ from fastai.torch_core import get_random_states,set_random_states
 from fastcore.all import *
 
 from .regularizer import L2Callback
+from ..core import PlainErrors
 from ..export import save_model
 from ..files import atomic_write,load_plain,seal,unseal
 
 # %% ../../nbs/18b_callback.checkpoint.ipynb #ce6d9525
-class Checkpoint(Callback):
+class Checkpoint(PlainErrors, Callback):
     "Keep tables of a training and what it needs to go on, and go on from there"
     order = 60  # after `Recorder` wrote its row
     def __init__(self,
