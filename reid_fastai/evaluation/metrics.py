@@ -17,7 +17,7 @@ from fastcore.all import *
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..core import DISTRACTOR_PID,JUNK_PID,progress
+from ..core import DISTRACTOR_PID,JUNK_PID,count_matches,progress
 from ..files import load_tensors,save_tensors
 from .distances import Distances,TopK,as_feats,topk_keys
 
@@ -94,8 +94,6 @@ def _not_junk(g_pids):
     return np.arange(len(g_pids)) if g_pids.dtype.kind=='U' else (g_pids!=JUNK_PID).nonzero()[0]
 
 # %% ../../nbs/10_evaluation.metrics.ipynb #e7c01772
-from ..core import count_matches
-
 @patch
 def _lookup(self:RetrievalResults):
     "Find images of each query's identity, and how many of them match"
