@@ -246,7 +246,7 @@ def test_weights_of_another_network(other, tmp_path):
 def test_no_weights_file(tmp_path):
     with pytest.raises(ValueError, match='there is no such file'): build_reid_net('resnet18', 6, pretrained=tmp_path/'w.pth')
     (tmp_path/'w.pth').write_text('words')
-    with pytest.raises(ValueError, match='is not a file of weights'): build_reid_net('resnet18', 6, pretrained=tmp_path/'w.pth')
+    with pytest.raises(ValueError, match='is not a file of'): build_reid_net('resnet18', 6, pretrained=tmp_path/'w.pth')
 
 @pytest.mark.parametrize('arch,file', [('resnet18','resnet18.tv_in1k.safetensors'), ('torchvision/resnet18','torchvision/resnet18.safetensors')])
 def test_offline(arch, file, tmp_path):
