@@ -13,3 +13,4 @@ from .export import *
 from .config import *
 from .runs import *
 from .experiments import *
+from .tables import *

@@ -27,6 +27,7 @@ from .export import *
 from .files import *
 from .runs import *
 from .shell import *
+from .tables import *
 
 # %% ../nbs/21_cli.ipynb #97335078
 def _quietly(quiet):
@@ -145,6 +146,7 @@ def reid_compare(
     data:str='synthetic', # 'synthetic', the folder of a dataset, or a CSV file with columns path, pid, split and, if known, camid
     out:str=None, # Folder of the comparison, new or to go on with; default: one in runs/ named after data and backbone
     arms:Annotated[str, {'nargs':'+'}, "Regularisers to compare"]=ARMS,
+    archs:Annotated[str, {'nargs':'+'}, "Several networks, each with a comparison of its own, and a table of them"]=None,
     seeds:int=3, # Runs of each arm
     seed:int=42, # The first of the seeds
     factors:Annotated[float, {'nargs':'+'}, "λ of conventional L2 to choose from; a single one is taken as it is"]=(5e-4,2.5e-3,1.25e-2),
@@ -161,13 +163,18 @@ def reid_compare(
     check_device(device)
     check_workers(workers)
     if table: return _paper_table(table, root, Path(ifnone(out, 'runs/paper-table')), seed, quiet, kwargs)
+    if archs and kwargs.get('arch'): raise ValueError(f'--arch {kwargs["arch"]}: --archs {" ".join(archs)} names the networks. Leave one of the two out.')
     cfg = RunConfig(data, seed=seed, **kwargs)
-    out = Path(ifnone(out, Path('runs')/f'compare-{Path(cfg.data).stem.lower()}-{Path(cfg.arch).name}'))
-    check_folder(out, 'comparison.json')
+    out = Path(ifnone(out, Path('runs')/f'compare-{Path(cfg.data).stem.lower()}-{"networks" if archs else Path(cfg.arch).name}'))
+    if not archs: check_folder(out, 'comparison.json')
     with _quietly(quiet):
-        comparison = Comparison(out, load_splits(cfg.data), cfg, arms, seeds, factors, amplitudes, tune_pids, device, workers)
-        comparison.run()
-        print(f'\n{comparison.summary()}\nFolder: {out}')
+        args = dict(arms=arms, seeds=seeds, factors=factors, amplitudes=amplitudes, tune_pids=tune_pids, device=device, workers=workers)
+        splits = load_splits(cfg.data)
+        if archs: res = markdown_table(compare_archs(out, splits, cfg, archs, **args))
+        else:
+            (comparison := Comparison(out, splits, cfg, **args)).run()
+            res = comparison.summary()
+        print(f'\n{res}\nFolder: {out}')
     return out
 
 # %% ../nbs/21_cli.ipynb #c11e0002

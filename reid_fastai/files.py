@@ -214,7 +214,8 @@ def load_plain(
     except Exception as e: raise ValueError(f'{path} is not a file of `torch.save` that holds tensors and plain types alone ({type(e).__name__}).') from e
 
 # %% ../nbs/00a_files.ipynb #b24eb173
-_kinds = {'config.json': 'a training run', 'comparison.json': 'a comparison', 'evaluation.json': 'an evaluation', 'paper.json': "runs of the paper's table"}
+_kinds = {'config.json': 'a training run', 'comparison.json': 'a comparison', 'evaluation.json': 'an evaluation', 'paper.json': "runs of the paper's table",
+          'networks.json': 'a comparison of networks'}
 
 def check_folder(
     path:str|Path, # Folder to write to, which may exist
