@@ -1,4 +1,4 @@
-"""Trains in several processes, for test_distributed.py: `python ranks.py FOLDER CASE… -- N…` writes FOLDER/CASE-N-RANK.pth for each number of processes N.
+"""Trains in several processes, for test_distributed.py: `python several.py FOLDER CASE… -- N…` writes FOLDER/CASE-N-RANK.pth for each number of processes N.
 
 The processes are forked from one that has imported everything and computed nothing, which saves the import of torch in each of them."""
 import os, socket, sys, warnings
@@ -7,7 +7,10 @@ from pathlib import Path
 os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
 warnings.simplefilter('ignore')
 import torch
+from functools import lru_cache
+from timm.layers import BatchNormAct2d
 from fastai.callback.all import *
+from fastai.torch_core import set_seed
 from fastcore.all import *
 from reid_fastai.all import *
 from reid_fastai.core import ranks
@@ -35,21 +38,56 @@ def outcome(learn):
                 losses=learn.watch.losses, epoch=learn.dls.train.epoch, wrapped=type(learn.model).__name__, forwards=[n for n,m in learn.model.named_modules() if 'forward' in vars(m)],
                 chance=torch.rand(2), bs=learn.dls.train.bs)
 
-def train(fit, regions=0, cbs=(), l2=AdaptiveL2, augs=None, **kw):
-    "A learner, trained by `fit`"
-    learn = tiny_learner(tiny_dls(steps=5, batch_tfms=augs, **kw), regions=regions, seed=1+ranks.rank, cbs=[l2(), *cbs, Watch()])  # rank 0 gives its weights and random numbers to all
-    if learn.model.heads[0].classifier.weight.std()<.01: [h.classifier.weight.data.mul_(30) for h in learn.model.heads]
-    with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(): fit(learn)
+def small_net(n_classes, regions):
+    "A network of two stages, one of timm's norms with an activation in it"
+    trunk = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, 2, 1, bias=False), BatchNormAct2d(8), conv_norm(8, 16, 3, 2))
+    net = ReIDNet(trunk, torch.nn.Sequential(conv_norm(16, 16, 3)), 16, n_classes, regions, arch='small')
+    for h in net.heads: torch.nn.init.normal_(h.classifier.weight, std=.1)
+    return net
+
+@lru_cache
+def loaders(**kw): return tiny_dls(steps=5, **kw)
+
+def learner(regions=0, l2=AdaptiveL2, cbs=(), dtype=torch.float64, seed=None, **kw):
+    "In float64, where 1e-9 is a difference; in float32, Adam makes much of the rounding of gradients that are nearly zero"
+    set_seed(ifnone(seed, 1+ranks.rank))  # rank 0 gives its weights and random numbers to all
+    dls,loss = loaders(**kw),ReIDLoss()
+    dls.train.epoch = 0
+    learn = reid_learner(dls, small_net(dls.c, regions).to(dtype), loss_func=lambda out,pid,cam: loss(out, pid).float(), cbs=[l2(), *cbs, Watch()])
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+def train(fit, *args, **kw):
+    "What `fit` makes of a learner"
+    learn = learner(*args, **kw)
+    with learn.distrib_ctx(): fit(learn)
     return outcome(learn)
 
 def shared(regions=0):
     "What evaluation gives within the context"
-    learn = tiny_learner(tiny_dls(steps=1, val_bs=8), regions=regions, cbs=Watch())
-    with learn.no_bar(), learn.no_logging(), learn.distrib_ctx():
+    learn = learner(regions, val_bs=8, seed=1)
+    with learn.distrib_ctx():
         embs,val = learn.embed(),learn.validate()
         res = learn.retrieval()
         rr = res.rerank(k1=5, k2=2)
     return dict(embs=embs, val=[float(o) for o in val], ranks=res.ranks, reranked=rr.ranks, ap=rr.ap, topk=res.topk(3).idxs)
+
+def refused():
+    "Messages of what cannot be trained together"
+    res = []
+    def ask(learn, n_epoch=1):
+        try:
+            with learn.distrib_ctx(): learn.fit(n_epoch, 1e-3)
+        except ValueError as e: res.append(str(e))
+    ask(learner(n_pids=5))
+    ask(learner(), 1+ranks.rank)
+    other = learner(val_bs=16)
+    other.dls.splits.df.loc[3,'camid'] += ranks.rank
+    ask(other)
+    one = learner()
+    with one.distrib_ctx(): one.fit(1, 1e-3)  # goes on as if nothing had been
+    return dict(messages=res, bs=one.dls.train.bs)
 
 def without(name, f=lambda *_: None):
     "Another `callback.distributed` with a fault"
@@ -72,7 +110,8 @@ CASES = {
     'paper': lambda: train(lambda l: l.fit_paper(1, 1, 1e-3), regions=2, cbs=[Frozen()]),
     'conventional': lambda: train(lambda l: l.fit(2, 1e-3), cbs=[Frozen(), GradientClip(.5)], l2=ConventionalL2),
     'workers': lambda: train(lambda l: l.fit(1, 1e-3), cbs=[Frozen()], in_memory=False, num_workers=2),
-    'shared': shared,
+    'float32': lambda: train(lambda l: l.fit(2, 1e-3), regions=2, cbs=[Frozen()], dtype=torch.float32),
+    'shared': shared, 'refused': refused,
     'fault: mined apart': without('gather', lambda o: o),
     'fault: not averaged': without('mean_gradients'),
     'fault: penalty twice': lambda: train(lambda l: l.fit(2, 1e-3), cbs=[Frozen()], l2=Twice),
