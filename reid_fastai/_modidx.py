@@ -51,6 +51,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                 'reid_fastai/callback/distributed.py'),
                                                   'reid_fastai.callback.distributed.TrainTogether.after_pred': ( 'callback.distributed.html#traintogether.after_pred',
                                                                                                                  'reid_fastai/callback/distributed.py'),
+                                                  'reid_fastai.callback.distributed.TrainTogether.after_train': ( 'callback.distributed.html#traintogether.after_train',
+                                                                                                                  'reid_fastai/callback/distributed.py'),
                                                   'reid_fastai.callback.distributed.TrainTogether.before_fit': ( 'callback.distributed.html#traintogether.before_fit',
                                                                                                                  'reid_fastai/callback/distributed.py'),
                                                   'reid_fastai.callback.distributed.TrainTogether.before_step': ( 'callback.distributed.html#traintogether.before_step',

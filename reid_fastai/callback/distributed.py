@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_same_data', 'TrainTogether', 'training_together']
 
-# %% ../../nbs/14b_callback.distributed.ipynb #b111bfd2
+# %% ../../nbs/14b_callback.distributed.ipynb #3fb143f5
 import hashlib,random
 from contextlib import ExitStack,contextmanager
 
@@ -21,7 +21,7 @@ from fastcore.all import *
 from ..core import PlainErrors,brief,ranks
 from ..distributed import *
 
-# %% ../../nbs/14b_callback.distributed.ipynb #c6e7d02e
+# %% ../../nbs/14b_callback.distributed.ipynb #3b03e1ff
 def _fingerprint(splits):
     "A number that tells tables of images apart"
     df = splits.df[['path','pid','camid','split']]
@@ -40,7 +40,7 @@ def _same_chance():
     if not ranks.rank: return
     for f,o in zip((random.setstate, np.random.set_state, torch.set_rng_state, torch.cuda.set_rng_state if cuda else noop), states): f(o)
 
-# %% ../../nbs/14b_callback.distributed.ipynb #3c19861f
+# %% ../../nbs/14b_callback.distributed.ipynb #ac9f7587
 class TrainTogether(PlainErrors, Callback):
     "Share each training batch among the processes"
     order,run_valid = MixedPrecision.order-2,False  # after accumulated gradients are complete, and before they are unscaled and clipped
@@ -66,13 +66,14 @@ class TrainTogether(PlainErrors, Callback):
         if self.sync_norms: self._stack.enter_context(synced_norms(self.model))
 
     def after_pred(self): self.learn.pred,self.learn.yb = gather(self.pred),gather(self.yb)
+    def after_train(self): same_tensors(self.model.buffers())  # of statistics of the own part; evaluation is shared
     def before_step(self): mean_gradients([p for p,*_ in self.opt.all_params()])
     def after_fit(self): self.leave()
     def leave(self):
         "Leave loader and network as they were"
         self._stack.close()
 
-# %% ../../nbs/14b_callback.distributed.ipynb #e648a4a2
+# %% ../../nbs/14b_callback.distributed.ipynb #e798603d
 @contextmanager
 def training_together(
     learn:Learner, # With loaders of `ReIDDataLoaders`
