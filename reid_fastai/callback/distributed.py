@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_same_data', 'TrainTogether', 'training_together']
 
-# %% ../../nbs/14b_callback.distributed.ipynb #3fb143f5
+# %% ../../nbs/14b_callback.distributed.ipynb #955e9f3a
 import hashlib,random
 from contextlib import ExitStack,contextmanager
 
@@ -21,7 +21,7 @@ from fastcore.all import *
 from ..core import PlainErrors,brief,ranks
 from ..distributed import *
 
-# %% ../../nbs/14b_callback.distributed.ipynb #3b03e1ff
+# %% ../../nbs/14b_callback.distributed.ipynb #97b8a11c
 def _fingerprint(splits):
     "A number that tells tables of images apart"
     df = splits.df[['path','pid','camid','split']]
@@ -40,7 +40,7 @@ def _same_chance():
     if not ranks.rank: return
     for f,o in zip((random.setstate, np.random.set_state, torch.set_rng_state, torch.cuda.set_rng_state if cuda else noop), states): f(o)
 
-# %% ../../nbs/14b_callback.distributed.ipynb #ac9f7587
+# %% ../../nbs/14b_callback.distributed.ipynb #96d6c910
 class TrainTogether(PlainErrors, Callback):
     "Share each training batch among the processes"
     order,run_valid = MixedPrecision.order-2,False  # after accumulated gradients are complete, and before they are unscaled and clipped
@@ -73,7 +73,7 @@ class TrainTogether(PlainErrors, Callback):
         "Leave loader and network as they were"
         self._stack.close()
 
-# %% ../../nbs/14b_callback.distributed.ipynb #e798603d
+# %% ../../nbs/14b_callback.distributed.ipynb #a3ad174f
 @contextmanager
 def training_together(
     learn:Learner, # With loaders of `ReIDDataLoaders`
