@@ -11,6 +11,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Annotated
 
+if int(os.environ.get('WORLD_SIZE', 1))>1: os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # before torch is imported: else a lost process is reported in many lines of C++
 warnings.filterwarnings('ignore', '.*torch.jit.script', FutureWarning)  # fastai calls it on import; nobody at a shell can act on that
 import pandas as pd
 import torch

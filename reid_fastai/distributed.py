@@ -112,7 +112,7 @@ def first_to_speak(
     "Whether no other process has spoken yet; so an error that all of them meet is reported once"
     if ranks.n==1: return True
     try: return _group.store.add('reid_fastai/spoken', 1)==1 if _group.store else ranks.rank==0
-    except RuntimeError: return False  # the process that kept the notes has ended
+    except RuntimeError: return ranks.rank==1  # rank 0 has ended, and kept the notes; a launcher keeps them itself
 
 # %% ../nbs/00a_distributed.ipynb #5bbbe3bc
 def my_part(

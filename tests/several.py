@@ -1,10 +1,11 @@
 """Trains in several processes, for test_distributed.py: `python several.py FOLDER CASE… -- N…` writes FOLDER/CASE-N-RANK.pth for each number of processes N.
+`python several.py JOBS.json` runs commands in several processes, and adds to each job the `codes`, `out` and `err` of its processes and its `seconds`.
 
 The processes are forked from one that has imported everything and computed nothing, which saves the import of torch in each of them."""
-import os, socket, sys, warnings
+import json, os, signal, socket, sys, time, warnings
 from pathlib import Path
 
-os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
+os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', TORCH_CPP_LOG_LEVEL='ERROR')
 warnings.simplefilter('ignore')
 import torch
 from functools import lru_cache
@@ -120,7 +121,7 @@ CASES = {
 def go(out, cases, rank, n, port):
     "One process"
     torch.set_num_threads(1)
-    if n>1: os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(n), RANK=str(rank), LOCAL_RANK=str(rank))
+    if n>1: os.environ.update(in_group(rank, n, port))
     with together():
         for c in cases: torch.save(CASES[c](), f'{out}/{c}-{n}-{rank}.pth')
 
@@ -135,8 +136,40 @@ def fork(f, *args):
     except BaseException: import traceback; traceback.print_exc()
     finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
 
+def in_group(rank, n, port): return dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(n), RANK=str(rank), LOCAL_RANK=str(rank))
+
+def command(argv, cwd, log, group):
+    "Be one of the processes that run a command"
+    for fd,ext in ((1,'out'),(2,'err')): os.dup2(os.open(f'{log}.{ext}', os.O_CREAT|os.O_WRONLY|os.O_TRUNC), fd)
+    sys.stdout,sys.stderr = (open(fd, 'w', closefd=False) for fd in (1,2))
+    os.environ.update(group)
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    try: cli.main(argv)
+    except SystemExit as e: sys.stdout.flush(); sys.stderr.flush(); os._exit(e.code or 0)
+
+def run(job):
+    """Run `argv`, or of each rank its own in `argvs`, in `n` processes; `kill`: [rank, file that must be there, how many lines it must have]"""
+    n,port,start,kill = job.get('n', 1),free_port(),time.time(),job.get('kill')
+    argvs,logs = job.get('argvs') or [job['argv']]*n,[f'{job["cwd"]}/.{job["name"].replace(" ", "-")}-{r}' for r in range(n)]
+    left = {fork(command, argvs[r], job['cwd'], logs[r], in_group(r, n, port) if n>1 else {}): r for r in range(n)}
+    pids,codes = list(left),[None]*n
+    while left:
+        time.sleep(.01)
+        if kill and (f := Path(job['cwd'])/kill[1]).exists() and len(f.read_text().splitlines())>=kill[2]: os.kill(pids[kill[0]], signal.SIGKILL); kill = None
+        if time.time()-start>60: [os.kill(p, signal.SIGKILL) for p in left]
+        for p in list(left):
+            if (o := os.waitpid(p, os.WNOHANG))[0]: codes[left.pop(p)] = os.waitstatus_to_exitcode(o[1])
+    job.update(codes=codes, seconds=time.time()-start, **{ext: [Path(f'{l}.{ext}').read_text() for l in logs] for ext in ('out','err')})
+
 if __name__=='__main__':
     out,*args = sys.argv[1:]
+    if out.endswith('.json'):
+        import reid_fastai.cli as cli
+        jobs = json.loads(Path(out).read_text())
+        for o in jobs: run(o)
+        Path(out).write_text(json.dumps(jobs))
+        sys.exit()
     at = args.index('--')
     bad = 0
     for n in map(int, args[at+1:]):
