@@ -1,4 +1,5 @@
 from .core import *
+from .distributed import *
 from .files import *
 from .regularizers import *
 from .losses import *

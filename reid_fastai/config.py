@@ -12,6 +12,7 @@ from pathlib import Path
 from fastcore.all import *
 
 from .callback.regularizer import AdaptiveL2,AnnealedL2,ConventionalL2
+from .distributed import by_leader
 from .files import read_json
 from .regularizers import check_strength
 from .schedules import *
@@ -111,6 +112,7 @@ def but(self:RunConfig,
 def __repr__(self:RunConfig): return 'RunConfig('+', '.join(f'{k}={v!r}' for k,v in vars(self).items() if v is not None)+')'
 
 # %% ../nbs/18a_config.ipynb #a41617fe
+@by_leader
 def read_config(
     out:str|Path # Run folder
 ) -> RunConfig: # As it was when the run began

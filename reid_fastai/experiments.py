@@ -7,7 +7,7 @@ __all__ = ['ARMS', 'next_strength', 'tune', 'Comparison', 'comparison_table', 'p
            'markdown_table']
 
 # %% ../nbs/20_experiments.ipynb #1e31c3da
-import json,warnings
+import json,re,warnings
 from contextlib import contextmanager
 from math import sqrt
 from pathlib import Path
@@ -22,6 +22,7 @@ from scipy import stats
 from .callback.history import plot_lambda_hist
 from .config import *
 from .core import ReIDSplits
+from .distributed import *
 from .files import *
 from .runs import *
 
@@ -97,6 +98,7 @@ class Comparison:
     @property
     def _tunes(self): return any(len(v)>1 for v in self.grids.values())
 
+    @by_leader
     def _begin(self):
         "Write what is compared, or see that it is the same as before"
         asked = json.loads(json.dumps(dict(cfg=vars(self.cfg), arms=list(self.arms), seeds=self.seeds, grids=self.grids, tune_pids=self.tune_pids, dataset=self.splits.name)))
@@ -113,10 +115,10 @@ def _train(self:Comparison, stage, splits, arm, seed, strength=None, **options):
     name = '-'.join([stage, arm, *([f'{strength:.4g}'] if strength else []), f'seed{seed}'])
     print(f'\n{name}')
     cfg = self.cfg.but(l2=arm, seed=seed, **({_strength[arm]:strength} if strength else {}), **options)
-    new = not (self.out/name/'results.json').exists()
+    new = told(not (self.out/name/'results.json').exists())
     res = train_run(self.out/name, splits, cfg, self.device, self.workers)
     flat = {k:v for k,v in res.items() if k!='reranked'} | {f'{k} re-ranked': v for k,v in res.get('reranked', {}).items() if k=='mAP' or k.startswith('Rank')}
-    versions = read_json(self.out/name/'config.json')['versions']
+    versions = by_leader(read_json)(self.out/name/'config.json')['versions']
     self.rows.append(dict(stage=stage, arm=arm, strength=strength, seed=seed, dataset=splits.name, **flat, **versions, folder=name))
     if new: self._write()
     return res
@@ -140,7 +142,7 @@ def run(self:Comparison
     "Train what is missing, and write tables and figures"
     check_folder(self.out, 'comparison.json')
     for o in L(self.splits, self.held).filter(): check_run(o, self.cfg)
-    self.out.mkdir(parents=True, exist_ok=True)
+    by_leader(self.out.mkdir)(parents=True, exist_ok=True)
     with hold_folder(self.out),_again(self.out):
         self._begin()
         strengths = self._strengths()
@@ -160,7 +162,7 @@ def _again(out):
     how = f'Give the same command again to go on with {out}.'
     try: yield
     except KeyboardInterrupt as e: raise type(e)(f'Complete runs are kept. {how}') from e
-    except WriteError as e: raise WriteError(f'{str(e).split(" When there is space")[0]} {how}') from e
+    except (WriteError,LostProcess) as e: raise type(e)(f'{re.split(" When there is space| The run is kept", str(e))[0]} {how}') from e
 
 # %% ../nbs/20_experiments.ipynb #7af1471a
 def _paired(a, b):
@@ -214,6 +216,7 @@ def plot_mean_lambda(
     return plot_learning_curves({a: [h.groupby('epoch', as_index=False).lam.mean().rename(columns={'lam':'mean λ'}) for h in hs] for a,hs in histories.items()}, 'mean λ', ax)
 
 @patch
+@by_leader
 def _report(self:Comparison):
     self._write()
     final = self.runs[lambda o: o.stage=='final']

@@ -19,7 +19,8 @@ from filelock import FileLock,Timeout
 from safetensors import SafetensorError,safe_open
 from safetensors.torch import save
 
-from .core import brief
+from .core import brief,ranks
+from .distributed import by_leader
 
 # %% ../nbs/00a_files.ipynb #5694fecc
 def cache_home(
@@ -73,7 +74,8 @@ def atomic_write(
     path:str|Path, # File to write or replace
     data:str|bytes # Its whole content
 ):
-    "Write file `path` whole or not at all, in a folder that is made if need be"
+    "Write file `path` whole or not at all, in a folder that is made if need be; of several processes that work together, rank 0 writes"
+    if ranks.rank: return
     path,data = Path(path),data.encode() if isinstance(data, str) else data
     with _writing(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +92,7 @@ def atomic_write(
             raise
 
 # %% ../nbs/00a_files.ipynb #b41f29f3
+@by_leader
 def check_writable(
     path:str|Path, # What is to be made
     folder:bool=False # Whether it is a folder, which may exist; else a file
@@ -103,6 +106,7 @@ def check_writable(
     except OSError as e: raise ValueError(f'{brief(path)} cannot be written: {e.strerror}. Name another place.') from e
 
 # %% ../nbs/00a_files.ipynb #220bc84c
+@by_leader
 def check_outputs(
     outputs:dict, # Option → file to be written; None where nothing is
     inputs:dict # What is read → file
@@ -217,6 +221,7 @@ def load_plain(
 _kinds = {'config.json': 'a training run', 'comparison.json': 'a comparison', 'evaluation.json': 'an evaluation', 'paper.json': "runs of the paper's table",
           'networks.json': 'a comparison of networks'}
 
+@by_leader
 def check_folder(
     path:str|Path, # Folder to write to, which may exist
     marker:str # File that marks its kind
@@ -235,8 +240,17 @@ def check_folder(
 def hold_folder(
     folder:str|Path # Existing folder
 ):
-    "Let no other process hold `folder` in the meantime"
+    "Let no other process hold `folder` in the meantime; of several that work together, rank 0 holds it for all"
     lock,note = FileLock(Path(folder)/'.lock'),Path(folder)/'.held_by.json'
+    by_leader(_hold)(folder, lock, note)
+    try: yield
+    finally:
+        if not ranks.rank:
+            note.unlink(missing_ok=True)
+            lock.release()
+
+def _hold(folder, lock, note):
+    "Lock `folder`, tidy away what a kill left in it, and note who has it"
     with _writing(folder):
         try: lock.acquire(blocking=False)
         except Timeout:
@@ -246,7 +260,6 @@ def hold_folder(
     try:
         for o in Path(folder).glob('.*.tmp'): o.unlink(missing_ok=True) if o.is_file() else shutil.rmtree(o, ignore_errors=True)
         write_json(note, dict(process=os.getpid(), host=platform.node(), since=time.strftime('%Y-%m-%d %H:%M:%S')))
-        yield
-    finally:
-        note.unlink(missing_ok=True)
+    except BaseException:
         lock.release()
+        raise

@@ -6,6 +6,7 @@
 __all__ = ['paper_adam', 'ReIDLearner', 'reid_learner']
 
 # %% ../nbs/16_learner.ipynb #3a22cf52
+from contextlib import contextmanager
 from typing import Callable
 
 from fastai.callback.all import *  # the training table, `fit_one_cycle`, `lr_find` and `to_fp16` patch `Learner`
@@ -16,6 +17,7 @@ from fastcore.all import *
 from torch import nn
 
 from .callback.checks import *
+from .callback.distributed import *
 from .callback.evaluation import *
 from .core import plain_errors
 from .losses import ReIDLoss
@@ -36,6 +38,19 @@ class ReIDLearner(Learner):
         "As fastai's, after checks that would leave its lock held if they failed within it"
         for cb in [] if inner else self.cbs: getattr(cb, '_check_fit', noop)([*self.cbs, *L(cbs)])
         return super().validation_context(cbs, inner)
+
+# %% ../nbs/16_learner.ipynb #c7c8b0d7
+@patch
+@contextmanager
+def distrib_ctx(self:ReIDLearner,
+    sync_bn:bool=True, # Whether norms in training use the statistics of the whole batch
+    in_notebook:bool=False, # For fastai's sake; the processes find each other wherever they were started
+    **kwargs # Options of accelerate's `Accelerator`, which is not used; those that would change the training are refused
+):
+    "Within it all processes train this learner together, with the result of one"
+    if odd := [k for k in kwargs if k not in ('cpu','device_placement','split_batches')]:
+        raise ValueError(f'distrib_ctx: {", ".join(odd)} would be for accelerate, which a Re-ID learner does not train with. Leave it out; `to_fp16` and `GradientAccumulation` work as usual.')
+    with training_together(self, sync_bn): yield self
 
 # %% ../nbs/16_learner.ipynb #fd415c67
 @delegates(Learner.__init__, but=['dls','model','loss_func','opt_func','splitter','cbs'])

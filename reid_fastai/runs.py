@@ -22,14 +22,16 @@ from fastcore.all import *
 
 from . import __version__
 from .callback.checkpoint import *
+from .callback.distributed import check_same_data
 from .callback.evaluation import *
 from .callback.history import *
 from .config import *
 from .core import *
 from .data.block import *
 from .data.datasets import *
-from .data.sampler import PKSampler
+from .data.sampler import PKSampler,batch_part
 from .data.synthetic import *
+from .distributed import *
 from .evaluation.all import *
 from .export import *
 from .files import *
@@ -42,7 +44,11 @@ def load_splits(
     data:str|Path # 'synthetic', or where `read_dataset` finds a dataset
 ) -> ReIDSplits:
     "Read a dataset, or render one"
-    return read_dataset(make_synthetic() if data=='synthetic' else data)
+    if data=='synthetic':
+        data = by_leader(make_synthetic)()
+        if ranks.rank: data = make_synthetic()  # there already, unless this is another machine
+    check_same_data(splits := read_dataset(data))
+    return splits
 
 def hold_out(
     splits:ReIDSplits, # Its training part is divided; query and gallery are left out
@@ -72,6 +78,7 @@ def _versions():
 def _describe(cfg, splits):
     return dict(vars(cfg), dataset=dict(name=splits.name, counts=splits.counts().to_dict('index'), notes=splits.notes), versions=_versions())
 
+@by_leader
 def _check_same(out, wanted):
     "Refuse to go on with something else than was begun"
     found,plain = read_json(out/'config.json'),json.loads(json.dumps(wanted))
@@ -85,10 +92,18 @@ def check_device(
     device:str|torch.device|None # Such as 'cpu', 'cuda' or 'cuda:1'; None: the GPU if there is one
 ) -> torch.device|None: # None stays None
     "Refuse a device that this machine has not"
+    if ranks.n>1: _check_own_gpu(device)
     if device is None: return
     try: torch.zeros(1, device=(device := torch.device(device)))
     except (RuntimeError, AssertionError, NotImplementedError) as e: raise ValueError(f"device={str(device)!r} is not to be had here: {first(str(e).splitlines())} `cpu` always is.") from e
     return device
+
+def _check_own_gpu(device):
+    "Refuse a GPU that several processes would have to share"
+    count = torch.cuda.device_count()
+    if device is not None and torch.device(device).index is not None: raise ValueError(f"device={str(device)!r}: each of the {ranks.n} processes takes a GPU of its own. Write `cuda`, `cpu`, or leave it out.")
+    if (count if device is None else torch.device(device).type=='cuda') and local_rank()>=count:
+        raise ValueError(f"There are {count} GPUs here for at least {local_rank()+1} processes. Start at most {count} on this machine (`--nproc-per-node {count}`), or train with `--device cpu`.")
 
 def check_workers(
     workers:int|None # Loader processes
@@ -110,6 +125,7 @@ def check_run(
     cfg:RunConfig # Options
 ):
     "Refuse what `make_learner` would refuse, without decoding an image"
+    batch_part(cfg.n_pids, cfg.n_imgs, ranks.rank, ranks.n)
     check_protocol(splits)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # comes again when it matters
@@ -124,6 +140,7 @@ def make_learner(
     workers:int|None=None # Loader processes; None: as `ReIDDataLoaders` decides
 ) -> ReIDLearner:
     "The learner that `cfg` describes"
+    batch_part(cfg.n_pids, cfg.n_imgs, ranks.rank, ranks.n)
     parts = hold_out(splits, cfg.val_pids, cfg.seed) if cfg.val_pids else splits
     set_seed(cfg.seed)
     net = build_net(cfg, parts.train.pid[lambda o: o!=JUNK_PID].nunique())
@@ -156,7 +173,7 @@ def train_run(
     "Train and evaluate what `cfg` says, as far as that was not done yet"
     check_protocol(splits)
     out,asked = Path(out),_describe(cfg, splits)
-    begun = os.path.exists(out/'config.json')
+    begun = told(os.path.exists(out/'config.json'))
     with ExitStack() as stack:
         if begun:
             stack.enter_context(hold_folder(out))
@@ -165,11 +182,14 @@ def train_run(
         keep_freed_memory()
         learn = make_learner(splits, cfg, out, device, workers)
         if not begun:
-            with atomic_dir(out) as d: write_json(d/'config.json', asked)
+            by_leader(_begin)(out, asked)
             stack.enter_context(hold_folder(out))
         with _kept(out):
             _fit(out, learn, cfg)
             return _finish(out, learn, splits, asked)
+
+def _begin(out, asked):
+    with atomic_dir(out) as d: write_json(d/'config.json', asked)
 
 @contextmanager
 def _kept(out):
@@ -178,23 +198,25 @@ def _kept(out):
     try: yield
     except KeyboardInterrupt as e: raise type(e)(f'The run is kept in {out}; {how}') from e
     except WriteError as e: raise WriteError(f'{e} When there is space, {how}') from e
+    except LostProcess as e: raise LostProcess(f'{e} The run is kept in {out}; {how}') from e
 
 # %% ../nbs/19_runs.ipynb #c0ffee07
 def _fit(out, learn, cfg):
     "The epochs that are not done yet"
     shell = not in_notebook()
-    learn.add_cb(Checkpoint(out, keep_best=cfg.val_pids>0, log=row_printer() if shell else noop))
+    learn.add_cb(Checkpoint(out, keep_best=cfg.val_pids>0, log=row_printer() if shell and not ranks.rank else noop))
     if shell:
         learn.remove_cb(ProgressCallback)
         learn.logger = noop
-        print(learn.dls.train.sampler, flush=True)
+        if not ranks.rank: print(learn.dls.train.sampler, flush=True)
     fit_run(learn, cfg, learn.checkpoint.load())
 
 def fit_run(learn, cfg, start_epoch):
     "The epochs of `cfg` from `start_epoch` on"
     if start_epoch>=cfg.frozen_epochs+cfg.epochs: return
-    if cfg.recipe=='paper': learn.fit_paper(cfg.frozen_epochs, cfg.epochs, cfg.lr, start_epoch=start_epoch)
-    else: learn.fit_one_cycle(cfg.epochs, cfg.lr, start_epoch=start_epoch)
+    with learn.distrib_ctx():
+        if cfg.recipe=='paper': learn.fit_paper(cfg.frozen_epochs, cfg.epochs, cfg.lr, start_epoch=start_epoch)
+        else: learn.fit_one_cycle(cfg.epochs, cfg.lr, start_epoch=start_epoch)
 
 # %% ../nbs/19_runs.ipynb #bb40d20e
 def save_figure(
@@ -232,7 +254,7 @@ def result_figures(
 def _test(out, learn, splits, cfg):
     "What the trained model finds in the test set; with held-out identities, the model of the epoch that they chose"
     if not cfg['val_pids']: return learn.retrieval_metrics.results or learn.retrieval(cfg['flip'])
-    learn.model.load_state_dict(load_tensors(out/'best.safetensors')[0], strict=False)  # θ stays as it is
+    learn.model.load_state_dict(by_leader(load_tensors)(out/'best.safetensors')[0], strict=False)  # θ stays as it is
     df,files = search_rows(splits)
     return search(learn.embed(learn.dls.test_dl(files), cfg['flip']), df)
 
@@ -245,6 +267,10 @@ def _finish(out, learn, splits, cfg):
     res = dict(result_figures(results), epoch=int(table.mAP.idxmax())+1 if cfg['val_pids'] else len(table), seconds_per_epoch=round(float(secs), 2),
                images_per_second=round(float(len(learn.dls.train)*learn.dls.train.bs/secs), 1))
     if cfg['rerank']: res['reranked'] = result_figures(results.rerank())
+    return by_leader(_write)(out, learn, splits, cfg, results, res)
+
+def _write(out, learn, splits, cfg, results, res):
+    "Write what is left to write"
     save_model(learn.model, out/'model.safetensors', cfg['size'], dataset=splits.name)
     save_ranked(results, *search_rows(splits), out/'ranked.png')
     if cb := find_l2(learn):
@@ -260,6 +286,7 @@ def _remove_means(out):
     for o in ('checkpoint.pth','best.safetensors'): (out/o).unlink(missing_ok=True)
 
 # %% ../nbs/19_runs.ipynb #c0ffee08
+@by_leader
 def read_results(
     out:str|Path # Run folder
 ) -> dict|None: # What `results.json` holds; None while the run is not complete
@@ -273,6 +300,7 @@ def read_results(
     _remove_means(out)  # of a run that was killed in its last moment
     return res
 
+@by_leader
 def read_table(
     file:str|Path # `metrics.csv` or `lambdas.csv` of a complete run
 ) -> pd.DataFrame:
@@ -300,6 +328,7 @@ def run_summary(
     if 'arrays' in res: lines += [f'λ at the end: {res["lambda_min"]:.3g} to {res["lambda_max"]:.3g}, mean {res["lambda_mean"]:.3g}, over {res["arrays"]} parameter arrays.', '']
     return '\n'.join([*lines, f'Versions: {", ".join(f"{k} {v}" for k,v in cfg["versions"].items())}.', ''])
 
+@by_leader
 def summary_of(
     out:str|Path, # Run folder
     res:dict # From `train_run` or `read_results`

@@ -6,7 +6,7 @@
 __all__ = ['one_line', 'Patient', 'Terminated', 'in_shell', 'run_command', 'message', 'command']
 
 # %% ../nbs/20a_shell.ipynb #d7bcf452
-import argparse,os,re,signal,sys,threading,warnings
+import argparse,os,re,signal,sys,threading,time,warnings
 from contextlib import contextmanager,suppress
 from functools import wraps
 from pathlib import Path
@@ -15,7 +15,8 @@ from fastcore.all import *
 from fastcore.script import anno_parser
 
 from . import __version__
-from .core import plain_errors
+from .core import plain_errors,ranks
+from .distributed import first_to_speak,together
 
 # %% ../nbs/20a_shell.ipynb #17af9bdb
 def one_line(
@@ -60,6 +61,21 @@ def _sigterm():
     try: yield
     finally: signal.signal(signal.SIGTERM, old)
 
+# %% ../nbs/20a_shell.ipynb #f26ed34e
+def _end_if_stuck(
+    secs:float=5 # After SIGTERM
+):
+    "End this process if SIGTERM has not ended it"
+    if threading.current_thread() is not threading.main_thread(): return
+    r,w = os.pipe()
+    os.set_blocking(w, False)
+    signal.set_wakeup_fd(w, warn_on_full_buffer=False)
+    def wait():
+        while os.read(r, 1)[0]!=signal.SIGTERM: pass
+        time.sleep(secs)
+        os._exit(143)
+    threading.Thread(target=wait, daemon=True).start()
+
 # %% ../nbs/20a_shell.ipynb #4fe6b30a
 def _parse(func, prog, pos, args):
     "Arguments of `func` from `args`"
@@ -95,25 +111,35 @@ def run_command(
     prog:str, # Name of the command
     pos:list=None # Parameters that are positional although they have a default
 ) -> int: # Exit code
-    "Run `func` as a command"
+    "Run `func` as a command; several processes that a launcher started run it together and speak as one"
     global _running
     _running,out,err,show = prog,sys.stdout,sys.stderr,warnings.showwarning
     sys.stdout,sys.stderr,warnings.showwarning = Patient(out),Patient(err),_warn(prog)
-    def say(msg): print(one_line(f'{prog}: {msg}'), file=sys.stderr)
+    def say(*msgs):
+        for msg in msgs if first_to_speak() else []: print(one_line(f'{prog}: {msg}'), file=sys.stderr)
+    def work():
+        if ranks.n>1: _end_if_stuck()
+        if ranks.rank: sys.stdout,warnings.showwarning = Patient(None),noop
+        func(**_parse(func, prog, pos, args))
+    def joined():
+        with together(): return _code(work, say)
     try:
-        with _sigterm(),plain_errors(): func(**_parse(func, prog, pos, args))
-        return 0
+        with _sigterm(): return _code(joined, say)
+    finally:
+        for o in (sys.stdout, sys.stderr): o.flush()
+        _running,sys.stdout,sys.stderr,warnings.showwarning = None,out,err,show
+
+def _code(f, say):
+    "Call `f`, `say` what ends it, and return the exit code"
+    try:
+        with plain_errors(): return f() or 0
     except KeyboardInterrupt as e:
-        say('terminated' if isinstance(e, Terminated) else 'interrupted')
-        say(e.args[0] if e.args else 'nothing was written')
+        say('terminated' if isinstance(e, Terminated) else 'interrupted', e.args[0] if e.args else 'nothing was written')
         return 143 if isinstance(e, Terminated) else 130
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not _short_of_memory(e): raise
         say(f'error: {message(e)}')
         return 2
-    finally:
-        for o in (sys.stdout, sys.stderr): o.flush()
-        _running,sys.stdout,sys.stderr,warnings.showwarning = None,out,err,show
 
 # %% ../nbs/20a_shell.ipynb #4dae6937
 def _short_of_memory(e): return bool(re.search("out of memory|can't allocate memory", str(e)))
@@ -134,7 +160,8 @@ def command(
         prog = func.__name__.replace('_', '-')
         @wraps(func)
         def f(*args, **kwargs):
-            if args or kwargs or in_shell() or Path(sys.argv[0]).stem.replace('_', '-')!=prog: return func(*args, **kwargs)
+            if args or kwargs or in_shell() or Path(sys.argv[0]).stem.replace('_', '-')!=prog:
+                with together(): return func(*args, **kwargs)
             sys.exit(run_command(func, sys.argv[1:], prog, pos))
         return f
     return decorate

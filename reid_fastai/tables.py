@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .config import *
 from .core import JUNK_PID,ReIDSplits
 from .data.datasets import *
+from .distributed import by_leader,told
 from .experiments import *
 from .files import *
 from .models import *
@@ -95,8 +96,8 @@ def network_costs(
 def _untrained(out, splits, cfg, device, workers):
     "mAP of the network before its training, %"
     file = out/'untrained.json'
-    if not file.exists(): write_json(file, result_figures(make_learner(splits, cfg, out, device, workers).retrieval(cfg.flip)))
-    return read_json(file)['mAP']
+    if not told(file.exists()): write_json(file, result_figures(make_learner(splits, cfg, out, device, workers).retrieval(cfg.flip)))
+    return by_leader(read_json)(file)['mAP']
 
 def compare_archs(
     out:str|Path, # Folder, new or of an interrupted comparison

@@ -19,7 +19,8 @@ from fastai.torch_core import get_random_states,set_random_states
 from fastcore.all import *
 
 from .regularizer import L2Callback
-from ..core import PlainErrors
+from ..core import PlainErrors,ranks
+from ..distributed import by_leader
 from ..export import save_model
 from ..files import atomic_write,load_plain,seal,unseal
 
@@ -53,7 +54,7 @@ def after_epoch(self:Checkpoint):
     if not math.isfinite(row['train_loss']):
         raise ValueError(f'Training diverged: the loss of epoch {len(self.rows)+1} is {row["train_loss"]}. Lower `lr` in a new run; {self.folder} is kept as it was before this epoch.')
     self.rows.append({'epoch': len(self.rows)+1, **row, 'seconds': round(self.stop-self.start, 2)})
-    if self.keep_best and self.table.mAP.idxmax()==len(self.rows)-1: save_model(self.learn.model, self.folder/'best.safetensors', self.dls.size)
+    if self.keep_best and not ranks.rank and self.table.mAP.idxmax()==len(self.rows)-1: save_model(self.learn.model, self.folder/'best.safetensors', self.dls.size)
     self._write()
     self.log(self.rows[-1])
 
@@ -75,6 +76,7 @@ def find_l2(
 
 @patch
 def _write(self:Checkpoint):
+    if ranks.rank: return  # rank 0 writes, whose state is that of all
     smooth,cb = self.recorder.smooth_loss,find_l2(self.learn)
     lambdas = cb.history.to_csv(index=False) if cb else None
     state = dict(rows=self.rows, lambdas=lambdas, model=self.learn.model.state_dict(), opt=_moments(self.opt), random=_random(),
@@ -96,13 +98,16 @@ def write_tables(self:Checkpoint,
 def load(self:Checkpoint
     ) -> int: # Epochs that are done
     "Take up what an interrupted training left in the folder, if anything"
-    if not self.file.exists(): return 0
-    self.state = load_plain(unseal(self.file), self.file)
+    if (state := by_leader(self._read)()) is None: return 0
+    self.state = state
     self.rows,lambdas = self.state['rows'],self.state['lambdas']
     if cb := find_l2(self.learn): cb.restore_history(pd.read_csv(StringIO(lambdas)))
     self.learn.model.load_state_dict(self.state['model'])
     self.write_tables(lambdas)
     return len(self.rows)
+
+@patch
+def _read(self:Checkpoint): return load_plain(unseal(self.file), self.file) if self.file.exists() else None
 
 @patch
 def _restore(self:Checkpoint):
@@ -111,4 +116,5 @@ def _restore(self:Checkpoint):
     smooth = self.recorder.smooth_loss
     smooth.count,smooth.val = state['smooth']
     self.dls.train.epoch = state['train_epoch']
-    set_random_states(**state['random'])
+    random = state['random']
+    set_random_states(**{**random, 'torch_cuda_state': random['torch_cuda_state'][:torch.cuda.device_count()]})  # perhaps on another machine

@@ -10,12 +10,14 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback,CancelValidException
 from fastai.callback.tracker import TrackerCallback
+from fastai.data.load import DataLoader
 from fastai.learner import Learner,ValueMetric
 from fastai.torch_core import no_random,to_device
 from fastcore.all import *
 from torch import nn
 
-from ..core import PlainErrors,progress
+from ..core import PlainErrors,progress,ranks
+from ..distributed import join_parts,my_part
 from ..evaluation.metrics import *
 
 # %% ../../nbs/14_callback.evaluation.ipynb #242e4d40
@@ -41,16 +43,25 @@ def extract_features(
     model.eval()
     try:
         with no_random(reproducible=False):  # a loader draws a seed at each pass, and training must not depend on how often one looks
-            for b in progress(dl, 'Extracting features'):
+            mine,shared = _my_batches(dl)
+            for b in progress(mine, 'Extracting features'):
                 x = to_device(b[0], device)
                 f = model(x)
                 if flip: f = (f + model(x.flip(-1)))/2
                 feats.append(f.float().cpu().as_subclass(torch.Tensor))
     finally: model.train(training)
-    n = sum(map(len, feats))
+    feats = torch.cat(feats) if feats else None
+    if shared: feats = join_parts(feats)
+    n = 0 if feats is None else len(feats)
     if (wanted := _n_images(dl)) is not None: _check_rows(n, wanted)
     if not n: raise ValueError('The loader gave no images, so there is nothing to embed.')
-    return torch.cat(feats)
+    return feats
+
+def _my_batches(dl):
+    "What this process works on of `dl`, and whether others have the rest; of a loader that may not give the same again everywhere, all of it"
+    if ranks.n==1 or not isinstance(dl, DataLoader) or dl.shuffle or dl.drop_last or not (dl.n and dl.bs): return dl,False
+    idxs = dl.get_idxs()[my_part(dl.n, dl.bs)]
+    return (dl.new(n=len(idxs), get_idxs=lambda: idxs) if idxs else []),True
 
 def _n_images(dl):
     "How many images a loader of fastai or PyTorch is to give; None if it does not say"

@@ -13,6 +13,8 @@ from fastai.vision.augment import RandTransform
 from fastcore.all import *
 from torch import Tensor
 
+from ..distributed import draw_part
+
 # %% ../../nbs/07_data.augment.ipynb #0acbfea5
 class PerImage(RandTransform):
     "Base of transforms that change each image of a batch by itself, with probability `p`"
@@ -22,7 +24,7 @@ class PerImage(RandTransform):
         if not 0<=p<=1: raise ValueError(f'p={p} is no probability; it must lie between 0 and 1.')
         super().__init__(p=p)
     def before_call(self, b, split_idx): pass  # fastai would decide here, once for the batch
-    def _chosen(self, x): return (torch.rand(len(x))<self.p).to(x.device)
+    def _chosen(self, x): return (draw_part(torch.rand, len(x))<self.p).to(x.device)
 
 # %% ../../nbs/07_data.augment.ipynb #c8a28257
 class MirrorEach(PerImage):
@@ -43,7 +45,7 @@ class PadCropEach(PerImage):
 
     def encodes(self, x:TensorImage):
         b,_,h,w = x.shape
-        dy,dx = torch.randint(0, 2*self.pad+1, (2,b)).to(x.device)
+        dy,dx = draw_part(lambda n: torch.randint(0, 2*self.pad+1, (2,n)), b).to(x.device)
         windows = F.pad(x.as_subclass(Tensor), [self.pad]*4).unfold(2,h,1).unfold(3,w,1)  # (b, c, 2*pad+1, 2*pad+1, h, w)
         return windows[torch.arange(b, device=x.device),:,dy,dx]
 
@@ -57,7 +59,7 @@ def erase_boxes(
     tries:int=20 # Rectangles drawn until one fits
 ) -> Tensor: # (4, b) long: top, bottom, left and right of a rectangle an image; an empty one where none fitted
     "Draw a random rectangle for each image"
-    a,r,y,x = torch.rand(4, tries, b)
+    a,r,y,x = draw_part(lambda n: torch.rand(4, tries, n), b)
     a,r = (lo+(hi-lo)*o for o,(lo,hi) in ((a,area), (r,aspect)))
     eh,ew = (h*w*a*r).sqrt().round(), (h*w*a/r).sqrt().round()
     fits = (eh<h) & (ew<w)

@@ -22,11 +22,11 @@ from fastai.torch_core import TensorCategory,TensorImage,num_distrib
 from fastai.torch_basics import DisplayedTransform
 from fastcore.all import *
 
-from ..core import JUNK_PID,ReIDSplits,brief,check_int,check_protocol,free_memory,progress
+from ..core import JUNK_PID,ReIDSplits,brief,check_int,check_protocol,free_memory,progress,ranks
 from .augment import reid_augs
 from .datasets import read_dataset,read_numbers
 from .image import read_image
-from .sampler import PKSampler
+from .sampler import PKSampler,batch_part
 
 # %% ../../nbs/08_data.block.ipynb #bc5d7c6a
 def _decode_all(paths, size, f, desc, n_threads=None):
@@ -150,7 +150,7 @@ class ReIDDL(TfmdDL):
         sampler:PKSampler|None=None, # Draws the batches
         **kwargs # For `TfmdDL`
     ):
-        self.sampler,self.epoch = sampler,0
+        self.sampler,self.epoch,self.part = sampler,0,slice(None)
         if shuffle and sampler is not None and bs!=sampler.bs:
             raise ValueError(f'bs={bs}, but the batches are {sampler.n_pids} identities × {sampler.n_imgs} images = {sampler.bs}. '
                              'Leave `bs` out, or pass `shuffle=False` to have the images in order.')
@@ -160,17 +160,27 @@ class ReIDDL(TfmdDL):
     def _pk(self): return self.shuffle and self.sampler is not None
     def __len__(self):
         if not self._pk: return super().__len__()
-        n = num_distrib() or 1
+        n = 1 if ranks.n>1 else num_distrib() or 1
         return -(-self.sampler.steps//n)*n  # `DistributedDL` cuts an epoch into `n` parts; a part is to be whole batches
 
     def get_idxs(self):
         if not self._pk: return super().get_idxs()
         self.epoch += 1
-        return self.sampler.batches(self.epoch-1, len(self)).ravel().tolist()
+        return self.sampler.batches(self.epoch-1, len(self))[:,self.part].ravel().tolist()
 
     def new(self, dataset=None, cls=None, **kwargs):
         if dataset is None and cls is None: kwargs = {'sampler':self.sampler, **kwargs}  # its row numbers are those of this dataset
         return super().new(dataset, cls, **kwargs)
+
+# %% ../../nbs/08_data.block.ipynb #487cb88a
+@patch
+def share(self:ReIDDL,
+    rank:int, # Which process, from 0
+    n:int # How many processes; 1 takes the whole batches again
+):
+    "Take this process' part of each PK batch"
+    s = self.sampler
+    self.part,self.bs = batch_part(s.n_pids, s.n_imgs, rank, n),s.bs//n
 
 # %% ../../nbs/08_data.block.ipynb #c4b74189
 @patch

@@ -17,7 +17,8 @@ from fastcore.all import *
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..core import DISTRACTOR_PID,JUNK_PID,count_matches,progress
+from ..core import DISTRACTOR_PID,JUNK_PID,count_matches,progress,ranks
+from ..distributed import join_parts,my_part
 from ..files import load_tensors,save_tensors
 from .distances import Distances,TopK,as_feats,topk_keys
 
@@ -141,10 +142,10 @@ def _keys(self:RetrievalResults, queries=None):
 @patch
 def _count(self:RetrievalResults):
     "Ranks of all matches, query by query, rising"
-    res = []
-    for rows,keys,row,col in progress(self._keys(), 'Ranking', -(-len(self)//self.dists.chunk_size)):
+    res,mine = [],None if ranks.n==1 else torch.arange(len(self), device=self.dists.q.device)[my_part(len(self))]
+    for rows,keys,row,col in progress(self._keys(mine), 'Ranking', -(-len(self)//ranks.n//self.dists.chunk_size)):
         with _one_thread(): res += _count_block(keys, row, col)
-    res = torch.cat(res).numpy()
+    res = join_parts(torch.cat(res) if res else None).numpy()
     return res[np.lexsort((res, self._q_of_rank))]
 
 def _count_block(keys, row, col):

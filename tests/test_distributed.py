@@ -1,0 +1,161 @@
+"Several processes give the training, the figures and the files of one"
+import json, os, re, signal, subprocess, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np, pandas as pd, pytest, torch
+from safetensors.torch import load_file
+
+from reid_fastai.data.synthetic import make_synthetic
+
+pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='the processes are forked')
+here = Path(__file__).parent
+env = dict(os.environ, PYTHONPATH=str(here.parent), MPLBACKEND='agg')
+
+# ---- from Python
+
+@pytest.fixture(scope='module')
+def outcome(tmp_path_factory):
+    "Of a case, a number of processes and a rank"
+    d = tmp_path_factory.mktemp('several')
+    res = subprocess.run([sys.executable, here/'several.py', d, '--', '1', '2', '4'], capture_output=True, text=True, env=env)
+    assert res.returncode==0, res.stderr[-3000:]
+    return lambda case, n, rank=0: torch.load(d/f'{case}-{n}-{rank}.pth', weights_only=False)
+
+def distance(a, b):
+    "Relative, of all weights together, and the largest of a single array"
+    flat = lambda o: torch.cat([v.double().flatten() for v in o.values()])
+    return ((flat(a)-flat(b)).norm()/flat(b).norm()).item(), max(((a[k]-b[k]).double().norm()/b[k].double().norm().clamp_min(1e-9)).item() for k in b)
+
+@pytest.mark.parametrize('n', [2, 4])
+@pytest.mark.parametrize('case', ['plain', 'regions', 'statistics', 'accumulated', 'paper', 'conventional', 'workers'])
+def test_the_training_of_one_process(outcome, case, n):
+    "Weights, running statistics, θ, λ, losses and the table; with statistics frozen and not, with the paper's two phases, accumulation, clipping, and loader processes"
+    one = outcome(case, 1)
+    for rank in range(n):
+        got = outcome(case, n, rank)
+        assert max(distance(got['weights'], one['weights']))<1e-9
+        np.testing.assert_allclose(got['history'], one['history'], rtol=1e-5)
+        np.testing.assert_allclose(got['losses'], one['losses'], rtol=1e-5)
+        np.testing.assert_allclose(got['table'], one['table'], rtol=1e-5)
+        assert got['epoch']==one['epoch'] and got['chance'].equal(one['chance']), 'the next epoch would have other batches or other augmentations'
+        assert got['bs']==16 and not got['forwards'] and got['wrapped']=='ReIDNet', 'loader and network are left as they were'
+
+@pytest.mark.parametrize('n', [2, 4])
+def test_in_float32(outcome, n):
+    assert distance(outcome('float32', n)['weights'], outcome('float32', 1)['weights'])[0]<1e-5
+
+@pytest.mark.parametrize('n', [2, 4])
+@pytest.mark.parametrize('fault', ['mined apart', 'not averaged', 'penalty twice'])
+def test_a_fault_would_be_seen(outcome, fault, n): assert distance(outcome(f'fault: {fault}', n)['weights'], outcome('plain', 1)['weights'])[0]>1e-3
+
+@pytest.mark.parametrize('n', [2, 4])
+def test_evaluation_is_exact(outcome, n):
+    one = outcome('shared', 1)
+    for rank in range(n):
+        got = outcome('shared', n, rank)
+        for k,v in one.items(): assert np.array_equal(np.asarray(v), np.asarray(got[k]), equal_nan=True), k
+
+@pytest.mark.parametrize('n', [2, 4])
+def test_refusals(outcome, n):
+    for rank in range(n):
+        got = outcome('refused', n, rank)
+        sizes,epochs,data = got['messages']
+        assert re.match(f'n_pids=5: that many identities cannot be divided evenly among {n} processes. Use n_pids=4 or {8 if n==4 else 6}, or one of 5 processes.$', sizes)
+        assert epochs.startswith('Epochs: 1 in process 0, 2 in process 1.') and data.startswith('The dataset: ') and 'in process 1' in data
+        assert got['bs']==16 and all(len(o)<300 and '\n' not in o for o in got['messages'])
+    assert not outcome('refused', 1)['messages']
+
+# ---- from the shell
+
+tiny = '--arch resnet10t --pretrained none --size 64x32 --n-pids 4 --steps 2 --epochs'.split()
+
+@pytest.fixture(scope='module')
+def jobs(tmp_path_factory):
+    "Commands that have run: folder, exit codes, what they said, seconds"
+    d = tmp_path_factory.mktemp('commands')
+    data,other = str(make_synthetic(tiny=True)),str(make_synthetic(d/'other', tiny=True, seed=7))
+    train = lambda out, *more: ['reid-train', data, '--out', out, *tiny, '3', *more]
+    evaluate = lambda out: ['reid-eval', 'one', '--rerank', '--csv', f'{out}.csv', '--out', out, '--features', f'{out}.safetensors']
+    compare = lambda out: ['reid-compare', data, '--out', out, *tiny, '1', '--arms', 'adaptive', '--amplitudes', '5e-3', '--seeds', '1']
+    resume = lambda out: ['reid-train', '--resume', out]
+    res = [dict(name='one', argv=train('one')), dict(name='train', n=2, argv=train('two')),
+           *(dict(name=f'eval {n}', n=n, argv=evaluate(f'eval{n}')) for n in (1,2)), *(dict(name=f'compare {n}', n=n, argv=compare(f'compare{n}')) for n in (1,2)),
+           dict(name='bad option', n=2, argv=train('bad', '--amplitude', '0')), dict(name='odd batch', n=4, argv=train('bad', '--n-pids', '6')), dict(name='many', n=4, argv=train('bad', '--n-pids', '2')),
+           dict(name='no data', n=2, argvs=[train('bad'), ['reid-train', str(d/'nothing'), *train('bad')[2:]]]), dict(name='other data', n=2, argvs=[train('bad'), ['reid-train', other, *train('bad')[2:]]]),
+           dict(name='exists', n=2, argv=train('one')), dict(name='help', n=2, argv=['reid-train', '--help']), dict(name='no command', argv=['train']),
+           dict(name='kill 1', n=2, argv=train('kill1'), kill=[1, 'kill1/metrics.csv', 3]), dict(name='resume 1', n=2, argv=resume('kill1')),
+           dict(name='kill 0', n=2, argv=train('kill0'), kill=[0, 'kill0/metrics.csv', 3]), dict(name='resume 0', n=4, argv=resume('kill0'))]
+    (d/'jobs.json').write_text(json.dumps([dict(o, cwd=str(d)) for o in res]))
+    subprocess.run([sys.executable, here/'several.py', d/'jobs.json'], check=True, env=env)
+    return SimpleNamespace(dir=d, **{'all': {o['name']: SimpleNamespace(**o) for o in json.loads((d/'jobs.json').read_text())}})
+
+def weights(d): return load_file(d/'model.safetensors')
+def figures(d): return {k: v for k,v in json.loads((d/'results.json').read_text()).items() if 'second' not in k and k not in ('files','sha256')}
+
+def test_one_voice_and_one_folder(jobs):
+    job = jobs.all['train']
+    assert job.codes==[0,0] and not any(job.err) and not job.out[1], job.err
+    assert {o.name for o in (jobs.dir/'two').iterdir()}=={o.name for o in (jobs.dir/'one').iterdir()}
+    words = lambda o: re.sub(r'Training took.*|[\d.]+|(one|two)$', '', o, flags=re.M)
+    assert words(job.out[0])==words(jobs.all['one'].out[0])
+
+def test_a_run_of_several_processes(jobs):
+    "Trained norms, float32 and augmentation: what is left is rounding, which Adam enlarges"
+    a,b = jobs.dir/'one',jobs.dir/'two'
+    assert distance(weights(b), weights(a))[0]<2e-3
+    np.testing.assert_allclose(pd.read_csv(b/'lambdas.csv').lam, pd.read_csv(a/'lambdas.csv').lam, rtol=1e-5)
+    np.testing.assert_allclose(pd.read_csv(b/'metrics.csv')[['train_loss','penalty']], pd.read_csv(a/'metrics.csv')[['train_loss','penalty']], rtol=2e-3)
+
+def test_the_figures_of_one_process(jobs):
+    "Evaluation to the last digit"
+    for f in ('eval{}.csv', 'eval{}.safetensors', 'eval{}/evaluation.json'): assert (jobs.dir/f.format(1)).read_bytes()==(jobs.dir/f.format(2)).read_bytes(), f
+    assert jobs.all['eval 2'].out==[jobs.all['eval 1'].out[0], ''] and jobs.all['eval 2'].codes==[0,0]
+
+def test_a_comparison_of_several_processes(jobs):
+    one,two = (pd.read_csv(jobs.dir/f'compare{n}'/'results.csv') for n in (1,2))
+    cols = ['stage','arm','strength','seed','queries','gallery','folder']
+    assert jobs.all['compare 2'].codes==[0,0] and one[cols].equals(two[cols]) and not jobs.all['compare 2'].out[1]
+    np.testing.assert_allclose(two[['mAP','Rank-1']], one[['mAP','Rank-1']], atol=1.)
+    assert {o.name for o in (jobs.dir/'compare1').iterdir()}=={o.name for o in (jobs.dir/'compare2').iterdir()}
+
+@pytest.mark.parametrize('name,words', [('bad option', 'amplitude: got 0.0'), ('odd batch', 'Use n_pids=4 or 8, or one of 2, 3, 6 processes.'), ('many', 'Use n_pids=4, or one of 2 processes.'),
+                                        ('no data', 'nothing does not exist'), ('other data', 'The dataset: '), ('exists', 'one exists already'), ('no command', 'name one of reid-train, reid-eval, reid-compare, reid-synth first')])
+def test_an_error_is_said_once_and_ends_all(jobs, name, words):
+    job = jobs.all[name]
+    said = [l for o in job.err for l in o.splitlines()]
+    assert len(said)==1 and words in said[0] and len(said[0])<=300 and set(job.codes)=={2} and job.seconds<20, (said, job.codes, job.seconds)
+    assert not (jobs.dir/'bad').exists()
+
+def test_help_is_shown_once(jobs): assert jobs.all['help'].codes==[0,0] and [o.count('usage:') for o in jobs.all['help'].out]==[1,0]
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_killed_process(jobs, rank):
+    "The others end at once and say how to go on; the run goes on with the same number of processes to the same bytes, and with another number"
+    job,again,d = jobs.all[f'kill {rank}'],jobs.all[f'resume {rank}'],jobs.dir/f'kill{rank}'
+    assert job.codes[rank]==-9 and job.codes[1-rank]==2 and job.seconds<20
+    said = job.err[1-rank].splitlines()
+    assert said==[f'reid-train: error: Another process of this work has ended, so that it cannot go on. The run is kept in kill{rank}; `reid-train --resume kill{rank}` goes on.']
+    assert set(again.codes)=={0} and len(pd.read_csv(d/'metrics.csv'))==3, again.err
+    whole = jobs.dir/'two'
+    if rank: assert (d/'model.safetensors').read_bytes()==(whole/'model.safetensors').read_bytes() and figures(d)==figures(whole)
+    else:
+        assert distance(weights(d), weights(whole))[0]<2e-3
+        np.testing.assert_allclose(pd.read_csv(d/'lambdas.csv').lam, pd.read_csv(whole/'lambdas.csv').lam, rtol=1e-5)
+
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='finds the processes of torchrun in /proc')
+def test_torchrun_starts_again_by_itself(jobs, tmp_path):
+    "One of its processes is killed: torchrun starts all of them anew, and these go on with the run"
+    data = jobs.all['one'].argv[1]
+    argv = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--max-restarts', '3', '-m', 'reid_fastai.cli', 'reid-train', data, '--out', 'run', *tiny, '3']
+    p = subprocess.Popen(argv, cwd=tmp_path, env=dict(env, OMP_NUM_THREADS='1'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    f = tmp_path/'run'/'metrics.csv'
+    while not f.exists() or len(f.read_text().splitlines())<2:
+        assert p.poll() is None, p.communicate()
+        time.sleep(.02)
+    ours = [int(o) for o in Path(f'/proc/{p.pid}/task/{p.pid}/children').read_text().split() if 'reid-train' in Path(f'/proc/{o}/cmdline').read_text()]
+    os.kill(ours[1], signal.SIGKILL)
+    out,err = p.communicate(timeout=120)
+    assert p.returncode==0 and len(ours)==2, err
+    assert 'Traceback' not in err and len(pd.read_csv(f))==3 and (tmp_path/'run'/'results.json').exists()
+    assert out.count('Run folder: run')==1 and out.count('train_loss')==2, out  # the heading of the table, once a start
