@@ -118,10 +118,10 @@ def run_command(
     def say(*msgs):
         for msg in msgs if first_to_speak() else []: print(one_line(f'{prog}: {msg}'), file=sys.stderr)
     def work():
-        if ranks.n>1: _end_if_stuck()
         if ranks.rank: sys.stdout,warnings.showwarning = Patient(None),noop
         func(**_parse(func, prog, pos, args))
     def joined():
+        if int(os.environ.get('WORLD_SIZE', 1))>1: _end_if_stuck()
         with together(): return _code(work, say)
     try:
         with _sigterm(): return _code(joined, say)

@@ -2,14 +2,14 @@
 
 A command runs in a forked child of a process that imported everything and computed nothing, so an attack costs no import of torch. Each attack is
 seeded by `--seed`, its kind and its number, and can be repeated alone."""
-import argparse, atexit, csv, hashlib, json, os, pickle, random, re, runpy, shlex, shutil, signal, struct, subprocess, sys, tempfile, time, traceback
+import argparse, atexit, csv, hashlib, json, os, pickle, random, re, runpy, shlex, shutil, signal, socket, struct, subprocess, sys, tempfile, time, traceback
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 root = str(Path(__file__).resolve().parents[1])  # the library beside this file is attacked, whatever is installed
 sys.path.insert(0, root)
-os.environ.update(PYTHONPATH=root, OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MPLBACKEND='agg')  # one thread a command, as several run at once
+os.environ.update(PYTHONPATH=root, TORCH_CPP_LOG_LEVEL='ERROR', OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MPLBACKEND='agg')  # one thread a command, as several run at once
 from hostile import ANY_FIGURES, CUTS, DAMAGES, NO_FILE, PIXELS, SAME_OR_REFUSED, TWINS, flip, save, to_csv
 from PIL import Image
 
@@ -26,9 +26,10 @@ class Failed(Exception):
 
 # ---- commands in forked children
 
-def _child(argv, cwd, out, err, go, events, nth, sig):
+def _child(argv, cwd, out, err, go, events, nth, sig, env):
     "Be the command `argv`, as its own process would be; at the `nth` file event below `events` send `sig` to itself, without `nth` list the events"
     os.setpgid(0, 0)
+    os.environ.update(env)
     os.chdir(cwd)
     for n,f in ((0, os.devnull), (1, out), (2, err)): os.dup2(os.open(f, os.O_RDWR|os.O_CREAT|os.O_TRUNC if n else os.O_RDONLY, 0o666), n)
     sys.stdin,sys.stdout,sys.stderr = (open(n, mode, encoding='utf-8', closefd=False) for n,mode in ((0,'r'),(1,'w'),(2,'w')))
@@ -59,12 +60,12 @@ def _child(argv, cwd, out, err, go, events, nth, sig):
 class Command:
     "A command at work; `wait` for it, perhaps with a signal meanwhile"
     n = 0
-    def __init__(self, argv, cwd, logs, events='', nth=None, own=None):
+    def __init__(self, argv, cwd, logs, events='', nth=None, own=None, env={}):
         Command.n += 1
         self.argv,self.log,(r,w) = list(map(str, argv)),Path(logs)/f'{os.getpid()}-{Command.n}',os.pipe()
         self.pid = os.fork()
         if not self.pid:
-            try: _child(self.argv, cwd, f'{self.log}.out', f'{self.log}.err', w, str(events), nth, own)
+            try: _child(self.argv, cwd, f'{self.log}.out', f'{self.log}.err', w, str(events), nth, own, env)
             finally: os._exit(99)
         os.close(w); os.read(r, 1); os.close(r)  # it is about to begin
         self.begun = time.monotonic()
@@ -82,6 +83,12 @@ class Command:
         if Path(f'{self.log}.out.events').exists(): res.events = read('out.events').splitlines()
         for f in self.log.parent.glob(f'{self.log.name}.*'): f.unlink()
         return res
+
+def several(argv, cwd, logs, n, rank=0, **kw):
+    "Start a command in `n` processes that work together; `kw` is for that of `rank`"
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    env = lambda r: dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(n), RANK=str(r), LOCAL_RANK=str(r)) if n>1 else {}
+    return [Command(argv, cwd, logs, env=env(r), **(kw if r==rank else {})) for r in range(n)]
 
 
 # ---- judgements
@@ -181,6 +188,10 @@ class World:
             if name=='eval' and name in need: shutil.copy(self.dir/'out'/'f.safetensors', self.dir/'f.safetensors')
         for name in ('train seed 1','train held-out'):
             if name in need: ref(name, self.dir/'other'/name/'run', self.dir/'other'/name)
+        if 'two' in need:
+            d = self.dir/'other'/'two'
+            self.ref['two'] = [o.wait() for o in several(self.argv('train', d), self.dir, self.logs, 2, events=d/'run')][0]
+            self.ref['two'].figures = figures(d/'run')
         for name,cut in (('train','cut'), ('compare','ccut')):
             if cut in need: self.cut(name, cut)
 
@@ -261,6 +272,27 @@ def kill(a):
     left = [o for o in figures(out) if name=='eval' and o.startswith('.')]  # of an output folder that is the user's, SIGKILL may leave a part
     same(figures(out), ref.figures, left)
     if name=='eval': a.like('eval')(res)
+
+def kill_rank(a):
+    "Kill one of two processes that train together, and then the other as a launcher would; go on with one, two or four"
+    ref,argv,out = a.w.ref['two'],a.w.argv('train', a.dir),a.dir/'run'
+    rank,n,by_event = a.rng.randrange(2),a.rng.choice([1, 2, 2, 4]),a.rng.random()<.4
+    if by_event: rank = 0  # which writes the files
+    ps = several(argv, a.dir, a.w.logs, 2, rank, **(dict(events=out, nth=a.rng.randint(1, len(ref.events)), own=signal.SIGKILL) if by_event else {}))
+    ps[rank].wait(*(() if by_event else (a.rng.uniform(0, ref.secs), signal.SIGKILL)))
+    lost = time.monotonic()-ps[1-rank].begun
+    other = ps[1-rank].wait(lost+1, signal.SIGTERM)
+    a.row = f'{a.kind}: {phase("train", out)}'
+    if other.secs>lost+8: raise Failed('hang', f'the other process went on for {other.secs-lost:.1f} s')
+    if 'Traceback' in other.err: raise Failed('traceback', other.err[-300:])
+    if other.code not in (0, 2, 143) or len(other.err.splitlines())>2: raise Failed('message', f'exit {other.code}: {other.err[-300:]!r}')
+    again = ['reid-train', '--resume', out] if (out/'config.json').exists() else argv
+    rs = [o.wait() for o in several(again, a.dir, a.w.logs, n)]
+    if any(r.code for r in rs): raise Failed('wrong', f'{n} processes cannot go on: {[r.err[-200:] for r in rs]}')
+    if n==2: return same(figures(out), ref.figures)
+    rows = lambda d: [r['lam'] for r in csv.DictReader((d/'lambdas.csv').open())]  # with another number the rest is rounding
+    if any(abs(float(x)-float(y))>1e-5*float(y) for x,y in zip(rows(out), rows(a.w.dir/'other'/'two'/'run'), strict=True)): raise Failed('wrong', f'other λ with {n} processes')
+    if not (out/'results.json').exists(): raise Failed('wrong', 'not complete')
 
 def two_starts(a):
     "A second command on the folder of a run: exactly one gets it, and the other says who has it"
@@ -454,7 +486,7 @@ def can_mount():
 # ---- all of them
 
 def _k(f, share, group, *needs): return SimpleNamespace(f=f, share=share, group=group, needs=needs)
-KINDS = {'kill train': _k(kill, .45, 'kills'), 'kill train held-out': _k(kill, .15, 'kills', 'train held-out'), 'kill compare': _k(kill, .2, 'kills', 'compare'), 'kill eval': _k(kill, .2, 'kills', 'eval'),
+KINDS = {'kill train': _k(kill, .4, 'kills'), 'kill train held-out': _k(kill, .15, 'kills', 'train held-out'), 'kill compare': _k(kill, .18, 'kills', 'compare'), 'kill eval': _k(kill, .17, 'kills', 'eval'), 'kill a rank': _k(kill_rank, .1, 'kills', 'two'),
     'files of a run': _k(damage, .29, 'inputs', 'cut', 'resume', 'just eval', 'eval', 'features'), 'weights to start from': _k(damage, .02, 'inputs', 'pretrained'), 'files of a comparison': _k(damage, .1, 'inputs', 'compare', 'ccut'), 'images': _k(images, .13, 'inputs', 'images'),
     'tables': _k(tables, .12, 'inputs', 'table'), 'options': _k(options, .26, 'inputs'), 'pickles': _k(pickles, .04, 'inputs', 'cut', 'resume', 'just eval', 'eval', 'features'),
     'surroundings': _k(surroundings, .025, 'inputs', 'compare', 'just eval'), 'two starts': _k(two_starts, .015, 'inputs', 'compare', 'train seed 1'),

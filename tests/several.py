@@ -71,8 +71,8 @@ def shared(regions=0):
     with learn.distrib_ctx():
         embs,val = learn.embed(),learn.validate()
         res = learn.retrieval()
-        rr = res.rerank(k1=5, k2=2)
-    return dict(embs=embs, val=[float(o) for o in val], ranks=res.ranks, reranked=rr.ranks, ap=rr.ap, topk=res.topk(3).idxs)
+        rr,preds = res.rerank(k1=5, k2=2),learn.get_preds()[0]
+    return dict(preds=preds, embs=embs, val=[float(o) for o in val], ranks=res.ranks, reranked=rr.ranks, ap=rr.ap, topk=res.topk(3).idxs)
 
 def refused():
     "Messages of what cannot be trained together"

@@ -87,7 +87,8 @@ def training_together(
             stack.enter_context(learn.no_logging())
             if hasattr(learn, 'progress'): stack.enter_context(learn.no_bar())
         learn.add_cb(cb := TrainTogether(sync_bn))
-        try: yield learn
+        try:
+            with talking(): yield learn  # fastai exchanges losses, too
         finally:
             cb.leave()
             learn.remove_cb(cb)

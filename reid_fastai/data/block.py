@@ -18,7 +18,7 @@ import torch
 from fastai.data.block import DataBlock,TransformBlock
 from fastai.data.core import DataLoaders,TfmdDL,test_set
 from fastai.data.transforms import Categorize,Category,ColReader,IndexSplitter,IntToFloatTensor,ToTensor
-from fastai.torch_core import TensorCategory,TensorImage,num_distrib
+from fastai.torch_core import TensorCategory,TensorImage,num_distrib,to_detach
 from fastai.torch_basics import DisplayedTransform
 from fastcore.all import *
 
@@ -162,6 +162,8 @@ class ReIDDL(TfmdDL):
         if not self._pk: return super().__len__()
         n = 1 if ranks.n>1 else num_distrib() or 1
         return -(-self.sampler.steps//n)*n  # `DistributedDL` cuts an epoch into `n` parts; a part is to be whole batches
+
+    def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, gather=False)  # all processes have all results
 
     def get_idxs(self):
         if not self._pk: return super().get_idxs()
