@@ -7,6 +7,7 @@ from .data.all import *
 from .evaluation.all import *
 from .callback.all import *
 from .schedules import *
+from .optimizer import *
 from .learner import *
 from .interpret import *
 from .export import *

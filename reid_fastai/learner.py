@@ -11,7 +11,6 @@ from typing import Callable
 from fastai.callback.all import *  # the training table, `fit_one_cycle`, `lr_find` and `to_fp16` patch `Learner`
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastai.optimizer import Adam
 from fastcore.all import *
 from torch import nn
 
@@ -20,11 +19,12 @@ from .callback.evaluation import *
 from .core import plain_errors
 from .losses import ReIDLoss
 from .models import *
+from .optimizer import *
 from .schedules import *
 
 # %% ../nbs/16_learner.ipynb #1ece7a4a
 #: The paper's optimizer: Adam with β = (0.9, 0.999) and ε = 1e-7, and no weight decay beside the penalty
-paper_adam = partial(Adam, mom=.9, sqr_mom=.999, eps=1e-7, wd=0.)
+paper_adam = partial(FusedAdam, mom=.9, sqr_mom=.999, eps=1e-7, wd=0.)
 
 # %% ../nbs/16_learner.ipynb #b3f5548d
 class ReIDLearner(Learner):
