@@ -13,9 +13,11 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastcore.all import *
 from torch import nn
+from torch.amp import GradScaler
 
 from .callback.checks import *
 from .callback.evaluation import *
+from .callback.precision import *
 from .core import plain_errors
 from .losses import ReIDLoss
 from .models import *
@@ -36,6 +38,16 @@ class ReIDLearner(Learner):
         "As fastai's, after checks that would leave its lock held if they failed within it"
         for cb in [] if inner else self.cbs: getattr(cb, '_check_fit', noop)([*self.cbs, *L(cbs)])
         return super().validation_context(cbs, inner)
+
+    def one_batch(self, i, b):
+        "As fastai's; autocast ends with the batch, also where an error ends it"
+        try: super().one_batch(i, b)
+        finally:
+            for cb in self.cbs.filter(risinstance(ReIDPrecision)): cb._end_batch()
+
+    def to_bf16(self): "Train the network in bfloat16, on a CPU too"; return self.to_fp32().add_cb(ReIDPrecision('bf16'))
+    @delegates(GradScaler)
+    def to_fp16(self, **kwargs): "Train the network in float16, on a CPU too"; return self.to_fp32().add_cb(ReIDPrecision('fp16', **kwargs))
 
 # %% ../nbs/16_learner.ipynb #fd415c67
 @delegates(Learner.__init__, but=['dls','model','loss_func','opt_func','splitter','cbs'])

@@ -74,10 +74,10 @@ def find_l2(
 
 @patch
 def _write(self:Checkpoint):
-    smooth,cb = self.recorder.smooth_loss,find_l2(self.learn)
+    smooth,cb,scaler = self.recorder.smooth_loss,find_l2(self.learn),getattr(self.learn, 'scaler', None)
     lambdas = cb.history.to_csv(index=False) if cb else None
     state = dict(rows=self.rows, lambdas=lambdas, model=self.learn.model.state_dict(), opt=_moments(self.opt), random=_random(),
-                 smooth=(smooth.count, smooth.val), train_epoch=self.dls.train.epoch)
+                 smooth=(smooth.count, smooth.val), train_epoch=self.dls.train.epoch, scaler=scaler.state_dict() if scaler else {})
     torch.save(state, buf := BytesIO())
     atomic_write(self.file, seal(buf.getvalue()))
     self.write_tables(lambdas)
@@ -110,4 +110,5 @@ def _restore(self:Checkpoint):
     smooth = self.recorder.smooth_loss
     smooth.count,smooth.val = state['smooth']
     self.dls.train.epoch = state['train_epoch']
+    if scale := state.get('scaler'): self.learn.scaler.load_state_dict(scale)  # of float16
     set_random_states(**state['random'])
