@@ -9,6 +9,7 @@ from .evaluation.all import *
 from .callback.all import *
 from .schedules import *
 from .published import *
+from .optimizer import *
 from .learner import *
 from .interpret import *
 from .export import *

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastcore.all import *
 
+from .callback.precision import check_precision
 from .callback.regularizer import AdaptiveL2,AnnealedL2,ConventionalL2
 from .distributed import by_leader
 from .files import read_json
@@ -46,6 +47,8 @@ class RunConfig:
         eval_every:int=None, # Epochs from one evaluation to the next; default: after the last alone, with `val_pids` after each
         flip:bool=True, # Average embeddings over image and mirror image
         rerank:bool=False, # Measure after k-reciprocal re-ranking, too
+        precision:str=None, # 'fp32', 'bf16' or 'fp16': in which the network trains; default: bf16 on a GPU that has it, else fp32
+        compile:bool=False, # Compile the network with torch.compile: minutes at the start, less for each step
         seed:int=42, # Of the batches, the augmentation and new weights
         curve:list=None # λ at the start and after each epoch, for l2='annealed', the control of a comparison
     ):
@@ -83,6 +86,8 @@ def _check(self:RunConfig):
     if not (isinstance(self.lr, (int,float)) and 0<self.lr<math.inf): raise ValueError(f'lr={self.lr}: a positive, finite number is needed.')
     if not (isinstance(self.val_pids, (int,float)) and 0<=self.val_pids<1): raise ValueError(f'val_pids={self.val_pids}: a share of the identities is needed, at least 0 and below 1.')
     if self.recipe!='paper' and self.frozen_epochs: raise ValueError(f'frozen_epochs={self.frozen_epochs}: only recipe=paper has a frozen phase.')
+    check_precision(self.precision)
+    if not isinstance(self.compile, bool): raise ValueError(f'compile={self.compile!r}: it must be True or False.')
     check_strength('amplitude', self.amplitude, '> 0')
     check_strength('factor', self.factor, '≥ 0')
     arms = ['adaptive','conventional','none']+['annealed']*(self.curve is not None)

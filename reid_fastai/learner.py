@@ -12,21 +12,23 @@ from typing import Callable
 from fastai.callback.all import *  # the training table, `fit_one_cycle`, `lr_find` and `to_fp16` patch `Learner`
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastai.optimizer import Adam
 from fastcore.all import *
 from torch import nn
+from torch.amp import GradScaler
 
 from .callback.checks import *
 from .callback.distributed import *
 from .callback.evaluation import *
+from .callback.precision import *
 from .core import plain_errors
 from .losses import ReIDLoss
 from .models import *
+from .optimizer import *
 from .schedules import *
 
 # %% ../nbs/16_learner.ipynb #1ece7a4a
 #: The paper's optimizer: Adam with β = (0.9, 0.999) and ε = 1e-7, and no weight decay beside the penalty
-paper_adam = partial(Adam, mom=.9, sqr_mom=.999, eps=1e-7, wd=0.)
+paper_adam = partial(FusedAdam, mom=.9, sqr_mom=.999, eps=1e-7, wd=0.)
 
 # %% ../nbs/16_learner.ipynb #b3f5548d
 class ReIDLearner(Learner):
@@ -38,6 +40,16 @@ class ReIDLearner(Learner):
         "As fastai's, after checks that would leave its lock held if they failed within it"
         for cb in [] if inner else self.cbs: getattr(cb, '_check_fit', noop)([*self.cbs, *L(cbs)])
         return super().validation_context(cbs, inner)
+
+    def one_batch(self, i, b):
+        "As fastai's; autocast ends with the batch, also where an error ends it"
+        try: super().one_batch(i, b)
+        finally:
+            for cb in self.cbs.filter(risinstance(ReIDPrecision)): cb._end_batch()
+
+    def to_bf16(self): "Train the network in bfloat16, on a CPU too"; return self.to_fp32().add_cb(ReIDPrecision('bf16'))
+    @delegates(GradScaler)
+    def to_fp16(self, **kwargs): "Train the network in float16, on a CPU too"; return self.to_fp32().add_cb(ReIDPrecision('fp16', **kwargs))
 
 # %% ../nbs/16_learner.ipynb #c7c8b0d7
 @patch

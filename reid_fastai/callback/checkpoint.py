@@ -77,10 +77,10 @@ def find_l2(
 @patch
 def _write(self:Checkpoint):
     if ranks.rank: return  # rank 0 writes, whose state is that of all
-    smooth,cb = self.recorder.smooth_loss,find_l2(self.learn)
+    smooth,cb,scaler = self.recorder.smooth_loss,find_l2(self.learn),getattr(self.learn, 'scaler', None)
     lambdas = cb.history.to_csv(index=False) if cb else None
     state = dict(rows=self.rows, lambdas=lambdas, model=self.learn.model.state_dict(), opt=_moments(self.opt), random=_random(),
-                 smooth=(smooth.count, smooth.val), train_epoch=self.dls.train.epoch)
+                 smooth=(smooth.count, smooth.val), train_epoch=self.dls.train.epoch, scaler=scaler.state_dict() if scaler else {})
     torch.save(state, buf := BytesIO())
     atomic_write(self.file, seal(buf.getvalue()))
     self.write_tables(lambdas)
@@ -117,4 +117,5 @@ def _restore(self:Checkpoint):
     smooth.count,smooth.val = state['smooth']
     self.dls.train.epoch = state['train_epoch']
     random = state['random']
+    if scale := state.get('scaler'): self.learn.scaler.load_state_dict(scale)  # of float16
     set_random_states(**{**random, 'torch_cuda_state': random['torch_cuda_state'][:torch.cuda.device_count()]})  # perhaps on another machine

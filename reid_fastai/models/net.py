@@ -9,6 +9,7 @@ __all__ = ['ReIDOutput', 'at_least_float32', 'global_average', 'ObjectiveHead', 
 # %% ../../nbs/03b_models.net.ipynb #ad4cb3a3
 import copy
 from collections import namedtuple
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -152,9 +153,15 @@ def forward(self:ReIDNet,
     x:torch.Tensor # (b, 3, h, w) RGB in [0, 1]
 ) -> ReIDOutput|torch.Tensor: # In evaluation the embedding (b, `n_features`): the branches' vectors, concatenated; `ObjectiveHead` clips and does not normalise them
     "In training embeddings and logits of every branch, in evaluation one embedding"
-    embs = [at_least_float32(h.embed(o)) for h,o in zip(self.heads, self.maps(x))]
-    if not self.training: return torch.cat(embs, 1)
-    return ReIDOutput(embs, [h(o) for h,o in zip(self.heads, embs)])
+    maps = self.maps(x)
+    with _full_precision(x.device.type):
+        embs = [at_least_float32(h.embed(o)) for h,o in zip(self.heads, maps)]
+        if not self.training: return torch.cat(embs, 1)
+        return ReIDOutput(embs, [h(o) for h,o in zip(self.heads, embs)])
+
+def _full_precision(kind):
+    "Within it autocast is off: embeddings, necks and logits are float32. Where it is off anyway nothing is entered that `torch.export` would see"
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 # %% ../../nbs/03b_models.net.ipynb #65ee4954
 @patch

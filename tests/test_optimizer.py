@@ -1,0 +1,107 @@
+"The fused Adam beside fastai's: the same training, the same files"
+from functools import partial
+
+import numpy as np, pytest, torch
+from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.optimizer import Adam
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from reid_fastai.callback.checkpoint import Checkpoint
+from reid_fastai.callback.regularizer import AdaptiveL2
+from reid_fastai.learner import paper_adam
+from reid_fastai.optimizer import FusedAdam
+import reid_fastai.schedules  # noqa: F401, gives learners their `fit_paper`
+from reid_fastai.test_utils import tiny_learner
+
+loop_adam = partial(Adam, **paper_adam.keywords)
+
+def run(opt_func, how):
+    "Parameters and optimizer after a training in double precision, but for θ"
+    torch.manual_seed(0)
+    x = torch.randn(32, 4, dtype=torch.float64)
+    dl = DataLoader(TensorDataset(x, x.sum(1, keepdim=True).sin()), 8)
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU()), nn.Linear(8, 1)).double()
+    cbs = dict(accumulate=[GradientAccumulation(16)], clip=[GradientClip(.1)]).get(how, [])
+    learn = Learner(DataLoaders(dl, dl), net, nn.MSELoss(), opt_func=opt_func, splitter=lambda m: [list(m[0].parameters()), list(m[1].parameters())],
+                    cbs=cbs+[_Single()]+([AdaptiveL2(.01)] if how!='wd' else []))
+    with learn.no_bar(), learn.no_logging():
+        if how=='freeze':
+            learn.freeze()
+            learn.fit(2, 1e-2)
+            learn.unfreeze()
+            learn.fit(2, slice(1e-3, 1e-2))
+        elif how=='paper': learn.fit_paper(2, 3, lr=1e-2)
+        else: learn.fit_one_cycle(4, 1e-2, wd=.1 if how=='wd' else None)
+    return {n: p.detach().clone() for n,p in learn.model.named_parameters()},learn.opt
+
+class _Single(Callback):
+    "The loss as `Recorder` averages it"
+    def after_loss(self): self.learn.loss = self.learn.loss.float()
+
+def gap(a, b): return max(((a[n]-b[n]).norm()/b[n].norm().clamp(min=1e-9)).item() for n in b)
+
+@pytest.mark.parametrize('how', ['cycle','freeze','paper','accumulate','clip','wd'])
+def test_same_training_as_fastais_adam(how):
+    ours,theirs = run(paper_adam, how),run(loop_adam, how)
+    assert gap(ours[0], theirs[0])<1e-6
+    assert [dict(o) for o in ours[1].hypers]==[{k: o[k] for k in ours[1].hypers[0]} for o in theirs[1].hypers]
+    if how=='cycle': assert gap(run(partial(paper_adam, eps=1e-5), how)[0], theirs[0])>1e-5  # what a wrong constant would do
+
+def test_theta_is_in_the_last_group_with_its_rate():
+    learn = tiny_learner(cbs=AdaptiveL2())
+    learn.remove_cb(learn.adaptive_l2)
+    learn.create_opt()
+    learn.add_cb(AdaptiveL2())  # joins an optimizer that exists
+    assert isinstance(learn.opt, FusedAdam) and any(p is learn.adaptive_l2.regularizer.theta for p in learn.opt.param_lists[-1])
+    seen = []
+    class Watch(Callback):
+        order = 70
+        def before_step(self): self.before = learn.adaptive_l2.regularizer.theta.detach().clone()
+        def after_step(self): seen.append((learn.adaptive_l2.regularizer.theta-self.before).abs().max().item())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, slice(1e-5, 1e-3), cbs=Watch())
+    assert seen[0]==pytest.approx(1e-3, rel=1e-3)  # Adam's first step is its learning rate
+
+@pytest.mark.parametrize('first,then', [(loop_adam,paper_adam), (paper_adam,paper_adam), (paper_adam,loop_adam)])
+def test_checkpoints_of_either_go_on(first, then, tmp_path):
+    "As an uninterrupted training does; those of before there was a fused Adam too"
+    class Stop(Callback):
+        order = 80
+        def after_epoch(self):
+            if self.epoch==0: raise KeyboardInterrupt
+    def go(folder, opt_func, *cbs, start=0):
+        learn = tiny_learner(opt_func=opt_func, cbs=[AdaptiveL2(.01), Checkpoint(folder), *cbs])
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-3, start_epoch=learn.checkpoint.load())
+        return learn
+    for o in 'whole','cut': (tmp_path/o).mkdir()
+    whole = go(tmp_path/'whole', first)
+    with pytest.raises(KeyboardInterrupt): go(tmp_path/'cut', first, Stop())
+    resumed = go(tmp_path/'cut', then)
+    a,b = ({n: p.detach() for n,p in o.model.named_parameters()} for o in (resumed, whole))
+    assert gap(a, b)==0 if first is then else gap(a, b)<1e-3
+    assert np.allclose(*(o.adaptive_l2.history.theta for o in (resumed, whole)), rtol=0 if first is then else 1e-3, atol=1e-7)
+
+def test_learner_files_of_either_load_without_a_warning(tmp_path, recwarn):
+    for save,load in (loop_adam,paper_adam),(paper_adam,loop_adam),(paper_adam,paper_adam):
+        a,b = (tiny_learner(opt_func=o, cbs=AdaptiveL2(), path=tmp_path) for o in (save,load))
+        with a.no_bar(), a.no_logging(): a.fit(1, 1e-3)
+        a.save('x')
+        recwarn.clear()
+        b.load('x')
+        assert not [o for o in recwarn if 'optimizer' in str(o.message)]
+        for s,t in zip(a.opt.state_dict()['state'], b.opt.state_dict()['state'], strict=True):
+            assert s['step']==t['step'] and torch.equal(s['grad_avg'], t['grad_avg']) and torch.equal(s['sqr_avg'], t['sqr_avg'])
+        assert b.opt.hypers[-1]['lr']==a.opt.hypers[-1]['lr']
+
+def test_lr_find_and_export(tmp_path):
+    learn = tiny_learner(cbs=AdaptiveL2(), path=tmp_path)
+    before = {n: p.detach().clone() for n,p in learn.model.named_parameters()}
+    with learn.no_bar(), learn.no_logging():
+        learn.lr_find(num_it=3, show_plot=False)
+        assert gap({n: p.detach() for n,p in learn.model.named_parameters()}, before)==0
+        learn.fit(1, 1e-3)
+    learn.export()
+    assert learn.opt.state_dict()['state'][0]['step']==3
