@@ -257,6 +257,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'reid_fastai/config.py'),
                                     'reid_fastai.config.RunConfig.weights': ('config.html#runconfig.weights', 'reid_fastai/config.py'),
                                     'reid_fastai.config._absolute': ('config.html#_absolute', 'reid_fastai/config.py'),
+                                    'reid_fastai.config._defaults': ('config.html#_defaults', 'reid_fastai/config.py'),
                                     'reid_fastai.config._parse_size': ('config.html#_parse_size', 'reid_fastai/config.py'),
                                     'reid_fastai.config.read_config': ('config.html#read_config', 'reid_fastai/config.py')},
             'reid_fastai.core': { 'reid_fastai.core.PlainErrors': ('core.html#plainerrors', 'reid_fastai/core.py'),

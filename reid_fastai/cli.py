@@ -183,7 +183,7 @@ def reid_compare(
     with _quietly(quiet):
         args = dict(arms=arms, seeds=seeds, factors=factors, amplitudes=amplitudes, tune_pids=tune_pids, device=device, workers=workers)
         splits = load_splits(cfg.data)
-        if archs: res = markdown_table(compare_archs(out, splits, cfg, archs, **args))
+        if archs: res = markdown_table(compare_archs(out, splits, [RunConfig(data, seed=seed, **dict(kwargs, arch=o)) for o in archs], **args))
         else:
             (comparison := Comparison(out, splits, cfg, **args)).run()
             res = comparison.summary()

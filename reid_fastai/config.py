@@ -15,6 +15,7 @@ from .callback.precision import check_precision
 from .callback.regularizer import AdaptiveL2,AnnealedL2,ConventionalL2
 from .distributed import by_leader
 from .files import read_json
+from .published import find_recipe
 from .regularizers import check_strength
 from .schedules import *
 
@@ -22,27 +23,36 @@ from .schedules import *
 #: Defaults of the recipes
 recipes = dict(
     quick=dict(arch='tf_efficientnet_lite0', regions=0, size='128x64', frozen_epochs=0, epochs=10, steps=None, lr=1e-3),
-    paper=dict(arch='resnet50', regions=2, size='384x128', frozen_epochs=paper_frozen_epochs, epochs=paper_epochs, steps=paper_steps, lr=paper_lr))
+    paper=dict(arch='resnet50', regions=2, size='384x128', frozen_epochs=paper_frozen_epochs, epochs=paper_epochs, steps=paper_steps, lr=paper_lr),
+    published=dict(arch='osnet_x1_0'))  # the rest is that of the network
+
+def _defaults(recipe, arch):
+    "Option → default of a recipe"
+    res = dict(n_pids=16, n_imgs=4, l2='adaptive', factor=2.5e-3, **recipes[recipe])
+    if recipe!='published': return res
+    r = find_recipe(ifnone(arch, res['arch']))
+    n_imgs = r.n_imgs or 1
+    return dict(res, regions=0, size=f'{r.size[0]}x{r.size[1]}', n_pids=r.batch//n_imgs, n_imgs=n_imgs, frozen_epochs=0, epochs=r.epochs, lr=r.lr, l2='conventional', factor=r.wd/2)
 
 # %% ../nbs/18a_config.ipynb #80b8559e
 class RunConfig:
     "The options of a training run, each with its value"
     def __init__(self,
         data:str='synthetic', # 'synthetic', the folder of a dataset, or a CSV file with columns path, pid, split and, if known, camid
-        recipe:str='quick', # 'quick', or 'paper': what the options below are by default
+        recipe:str='quick', # 'quick', 'paper', or 'published' for a network of `methods`: what the options below are by default
         arch:str=None, # Backbone, any convolutional network of timm or torchvision; default: the recipe's
         pretrained:str='imagenet', # 'imagenet', 'none', or a file of weights: of the backbone, or the model.safetensors of a run
         regions:int=None, # Horizontal strips with a branch each: 2 in the paper, 0 is the light head; default: the recipe's
         size:str=None, # Height x width of the images, px; default: the recipe's, 128x64 if quick
-        n_pids:int=16, # Identities in a batch
-        n_imgs:int=4, # Images of each of them
+        n_pids:int=None, # Identities in a batch; default: the recipe's, 16 if quick
+        n_imgs:int=None, # Images of each of them; default: the recipe's, 4 if quick
         frozen_epochs:int=None, # Epochs with a frozen backbone, before the others; default: the recipe's
         epochs:int=None, # Epochs of the whole network; default: the recipe's, 10 if quick
         steps:int=None, # Batches in an epoch; default: the recipe's, which if quick is as many as the training images fill
         lr:float=None, # Highest learning rate; default: the recipe's, 1e-3 if quick
-        l2:str='adaptive', # Regulariser: 'adaptive', 'conventional' or 'none'
+        l2:str=None, # Regulariser: 'adaptive', 'conventional' or 'none'; default: adaptive, conventional if published
         amplitude:float=5e-3, # A of adaptive L2; each λ starts at A/2
-        factor:float=2.5e-3, # λ of conventional L2
+        factor:float=None, # λ of conventional L2; default: 2.5e-3, half the published decay if published
         val_pids:float=0., # Share of the training identities to hold out, which then choose the epoch; default: the last epoch counts
         eval_every:int=None, # Epochs from one evaluation to the next; default: after the last alone, with `val_pids` after each
         flip:bool=True, # Average embeddings over image and mirror image
@@ -54,7 +64,7 @@ class RunConfig:
     ):
         if recipe not in recipes: raise ValueError(f'recipe={recipe!r}: it must be one of {list(recipes)}.')
         store_attr()
-        for k,v in recipes[recipe].items(): setattr(self, k, ifnone(getattr(self, k), v))
+        for k,v in _defaults(recipe, arch).items(): setattr(self, k, ifnone(getattr(self, k), v))
         self.data,self.size = _absolute(data, 'data'),_parse_size(self.size)
         if pretrained not in ('imagenet','none'): self.pretrained = _absolute(pretrained, 'pretrained')
         if val_pids: self.eval_every = ifnone(eval_every, 1)
@@ -85,7 +95,7 @@ def _check(self:RunConfig):
             raise ValueError(f'{k}={v}: a whole number from {lo} to {hi:,} is needed{why}.')
     if not (isinstance(self.lr, (int,float)) and 0<self.lr<math.inf): raise ValueError(f'lr={self.lr}: a positive, finite number is needed.')
     if not (isinstance(self.val_pids, (int,float)) and 0<=self.val_pids<1): raise ValueError(f'val_pids={self.val_pids}: a share of the identities is needed, at least 0 and below 1.')
-    if self.recipe!='paper' and self.frozen_epochs: raise ValueError(f'frozen_epochs={self.frozen_epochs}: only recipe=paper has a frozen phase.')
+    if self.recipe!='paper' and self.frozen_epochs: raise ValueError(f'frozen_epochs={self.frozen_epochs}: only recipe=paper has a frozen phase to choose.')
     check_precision(self.precision)
     if not isinstance(self.compile, bool): raise ValueError(f'compile={self.compile!r}: it must be True or False.')
     check_strength('amplitude', self.amplitude, '> 0')

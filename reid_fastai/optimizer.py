@@ -11,7 +11,7 @@ from fastai.optimizer import OptimWrapper
 from fastcore.all import *
 
 # %% ../nbs/15a_optimizer.ipynb #f810bbaa
-_names = dict(grad_avg='exp_avg', sqr_avg='exp_avg_sq')  # of the moments, in fastai and in PyTorch
+_names = dict(grad_avg='exp_avg', sqr_avg='exp_avg_sq', max_sqr_avg='max_exp_avg_sq')  # of the moments, in fastai and in PyTorch
 
 class FusedAdam(OptimWrapper):
     "fastai's `Adam` with decoupled decay, one fused operation a step where PyTorch has it for the parameters"
@@ -21,13 +21,14 @@ class FusedAdam(OptimWrapper):
         mom:float=.9, # β1
         sqr_mom:float=.99, # β2
         eps:float=1e-5, # ε, added to the root of the second moment
-        wd:float=.01 # Decay by `lr*wd`; of norms and biases only where the `Learner` wants it
+        wd:float=.01, # Decay by `lr*wd`; of norms and biases only where the `Learner` wants it
+        amsgrad:bool=False # Whether a step is divided by the largest second moment so far, which fastai's has not
     ):
         params = L(params)
         groups = [dict(params=list(o), wd=wd) for o in (params if isinstance(params[0], (L,list)) else [params])]
         fused = all(p.is_floating_point() and p.device.type in ('cpu','cuda') for g in groups for p in g['params'])
         # `wd` is a key of ours: PyTorch's `weight_decay` would be in the gradient, and of all parameters of a group
-        super().__init__(groups, torch.optim.Adam, dict(betas__0='mom', betas__1='sqr_mom'), betas=(mom,sqr_mom), eps=eps, fused=fused or None)
+        super().__init__(groups, torch.optim.Adam, dict(betas__0='mom', betas__1='sqr_mom'), betas=(mom,sqr_mom), eps=eps, amsgrad=amsgrad, fused=fused or None)
         self.set_hyper('lr', lr)
 
     @property
@@ -50,7 +51,7 @@ def state_dict(self:FusedAdam
     "As fastai's `Adam` gives it"
     def f(p):
         s = self.opt.state.get(p)
-        return {**self.state[p], **({**{k: s[v] for k,v in _names.items()}, 'step': int(s['step'])} if s else {})}
+        return {**self.state[p], **({**{k: s[v] for k,v in _names.items() if v in s}, 'step': int(s['step'])} if s else {})}
     return dict(state=[f(p) for g in self.param_lists for p in g], hypers=self.hypers)
 
 @patch
@@ -69,4 +70,4 @@ def load_state_dict(self:FusedAdam,
         if 'step' not in s: continue
         # PyTorch counts in float32, on the device where the update is fused
         step = torch.tensor(float(s['step']), dtype=torch.float32, device=p.device if self.opt.defaults['fused'] else 'cpu')
-        self.opt.state[p] = dict(step=step, **{v: s[k].to(p.device, p.dtype, copy=True) for k,v in _names.items()})
+        self.opt.state[p] = dict(step=step, **{v: s[k].to(p.device, p.dtype, copy=True) for k,v in _names.items() if k in s})

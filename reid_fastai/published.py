@@ -9,17 +9,16 @@ __all__ = ['find_recipe', 'published_loss', 'published_opt', 'published_augs', '
 from contextlib import contextmanager
 from math import cos,pi
 
-import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import BnFreeze
 from fastai.learner import Learner,replacing_yield
-from fastai.optimizer import OptimWrapper
 from fastcore.all import *
 
 from .core import PlainErrors
 from .data.augment import EraseEach,reid_augs
 from .losses import *
 from .models.net import PublishedRecipe,methods
+from .optimizer import FusedAdam
 from .schedules import EpochSchedule
 
 # %% ../nbs/15a_published.ipynb #54a7bd67
@@ -43,7 +42,7 @@ def published_opt(
     recipe:PublishedRecipe # Names Adam or AMSGrad
 ) -> partial: # Function of the parameters, as `Learner` takes it
     "The optimizer of a recipe, without its decay"
-    return partial(OptimWrapper, opt=torch.optim.Adam, betas=(.9,.999), eps=1e-8, weight_decay=0., amsgrad=recipe.opt=='amsgrad')
+    return partial(FusedAdam, mom=.9, sqr_mom=.999, eps=1e-8, wd=0., amsgrad=recipe.opt=='amsgrad')
 
 def published_augs(
     recipe:PublishedRecipe # Names the share of erased images

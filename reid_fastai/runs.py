@@ -39,6 +39,7 @@ from .files import *
 from .interpret import *
 from .learner import *
 from .models import *
+from .published import *
 
 # %% ../nbs/19_runs.ipynb #a6f2ed57
 def load_splits(
@@ -154,10 +155,12 @@ def make_learner(
     parts = hold_out(splits, cfg.val_pids, cfg.seed) if cfg.val_pids else splits
     set_seed(cfg.seed)
     net = build_net(cfg, parts.train.pid[lambda o: o!=JUNK_PID].nunique())
+    recipe = find_recipe(cfg.arch) if cfg.recipe=='published' else None
     dls = ReIDDataLoaders.from_splits(parts, cfg.size, n_pids=cfg.n_pids, n_imgs=cfg.n_imgs, steps=cfg.steps, seed=cfg.seed, path=out,
-                                      num_workers=workers, device=check_device(device))
+                                      num_workers=workers, device=check_device(device), batch_tfms=published_augs(recipe) if recipe else None)
     if cfg.compile: net.compile()
-    return reid_learner(dls, net, cbs=cfg.regularizer()+([] if precision=='fp32' else [ReIDPrecision(precision)]), eval_every=cfg.eval_every, flip=cfg.flip)
+    opts = dict(loss_func=published_loss(recipe), opt_func=published_opt(recipe)) if recipe else {}
+    return reid_learner(dls, net, cbs=cfg.regularizer()+([] if precision=='fp32' else [ReIDPrecision(precision)]), eval_every=cfg.eval_every, flip=cfg.flip, **opts)
 
 # %% ../nbs/19_runs.ipynb #c0ffee03
 def _cell(v): return '' if isinstance(v, float) and v!=v else f'{v:.6g}' if isinstance(v, float) else str(v)
@@ -227,6 +230,7 @@ def fit_run(learn, cfg, start_epoch):
     if start_epoch>=cfg.frozen_epochs+cfg.epochs: return
     with learn.distrib_ctx():
         if cfg.recipe=='paper': learn.fit_paper(cfg.frozen_epochs, cfg.epochs, cfg.lr, start_epoch=start_epoch)
+        elif cfg.recipe=='published': learn.fit_published(find_recipe(cfg.arch), cfg.epochs, cfg.lr, start_epoch=start_epoch)
         else: learn.fit_one_cycle(cfg.epochs, cfg.lr, start_epoch=start_epoch)
 
 # %% ../nbs/19_runs.ipynb #bb40d20e

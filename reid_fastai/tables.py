@@ -102,19 +102,19 @@ def _untrained(out, splits, cfg, device, workers):
 def compare_archs(
     out:str|Path, # Folder, new or of an interrupted comparison
     splits:ReIDSplits, # Dataset
-    cfg:RunConfig, # What all runs have in common
-    archs:list, # Networks: backbones, or names of `methods`
+    cfgs:list, # A `RunConfig` for each network, which names it
     device:str|None=None, # Where to train; None: the GPU if there is one
     workers:int|None=None, # Loader processes; None: as `ReIDDataLoaders` decides
     **options # For `Comparison`
 ) -> pd.DataFrame: # A row a network; also in `table.md`
     "The same comparison of regularisers for several networks"
     out,rows = Path(out),[]
-    if not archs or len(set(archs))<len(archs): raise ValueError(f'archs={list(archs)}: give each network once.')
+    archs = [o.arch for o in cfgs]
+    if not archs or len(set(archs))<len(archs): raise ValueError(f'archs={archs}: give each network once.')
     check_folder(out, 'networks.json')
-    parts = {a: Comparison(out/Path(a).name, splits, cfg.but(arch=a), device=device, workers=workers, **options) for a in archs}
+    parts = {o.arch: Comparison(out/Path(o.arch).name, splits, o, device=device, workers=workers, **options) for o in cfgs}
     for o in parts.values(): check_run(splits, o.cfg)
-    write_json(out/'networks.json', dict(archs=list(archs), dataset=splits.name))
+    write_json(out/'networks.json', dict(archs=archs, dataset=splits.name))
     for arch,o in parts.items():
         print(f'\n{arch}')
         runs = o.run()[lambda df: df.stage=='final']

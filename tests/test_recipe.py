@@ -11,6 +11,7 @@ from reid_fastai.data.datasets import read_dataset
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.learner import paper_adam, reid_learner
 from reid_fastai.config import RunConfig, recipes
+from reid_fastai.published import find_recipe
 from reid_fastai.runs import fit_run, train_run
 from reid_fastai.schedules import *
 import reid_fastai.runs as runs
@@ -73,7 +74,7 @@ def test_constants():
     assert {k: getattr(cfg, k) for k in ('arch','regions','size','n_pids','n_imgs','steps','frozen_epochs','epochs','lr','l2','amplitude','flip')}==dict(
         arch='resnet50', regions=2, size=[384,128], n_pids=16, n_imgs=4, steps=200, frozen_epochs=20, epochs=200, lr=2e-4, l2='adaptive', amplitude=5e-3, flip=True)
     assert paper_adam.keywords==dict(mom=.9, sqr_mom=.999, eps=1e-7, wd=0.)
-    assert set(recipes)=={'quick','paper'}
+    assert set(recipes)=={'quick','paper','published'}
 
 paper_args = dict(recipe='paper', arch='resnet50', pretrained='none', size='64x32', n_pids=2, n_imgs=2, frozen_epochs=1, epochs=2, steps=2)
 
@@ -114,3 +115,30 @@ def test_it_goes_on_in_either_phase(whole, splits, stop, tmp_path, monkeypatch):
     res = train_run(tmp_path/'r', splits, cfg)
     assert {k:v for k,v in res.items() if 'second' not in k}=={k:v for k,v in whole[1].items() if 'second' not in k}
     for f in ('lambdas.csv','model.safetensors'): assert (tmp_path/'r'/f).read_bytes()==(whole[0]/f).read_bytes()
+
+@pytest.mark.parametrize('arch,opts', [('osnet_x0_25', dict(n_pids=4, n_imgs=2, l2='conventional', factor=2.5e-4, lr=1.5e-3)), ('bat_net', dict(lr=5e-4, factor=5e-5))])
+def test_published_recipe_is_the_default_of_its_network(arch, opts):
+    "An option given beside it takes precedence; the rest is the network's"
+    given = {k: opts[k] for k in ('n_pids','n_imgs') if k in opts}
+    cfg,r = RunConfig(recipe='published', arch=arch, **given),find_recipe(arch)
+    assert {k: getattr(cfg, k) for k in opts}==opts and cfg.epochs==r.epochs and cfg.size==list(r.size)
+    if not given: assert cfg.n_pids*cfg.n_imgs==r.batch
+    with pytest.raises(ValueError, match='no published recipe'): RunConfig(recipe='published', arch='resnet18')
+
+def test_a_published_run_goes_on_to_the_same_digits(tmp_path):
+    "AMSGrad's largest moments and the schedule are those of a run without interruption"
+    splits = read_dataset(make_synthetic(tiny=True))
+    cfg = RunConfig(splits.root, 'published', arch='osnet_x0_25', pretrained='none', size='64x32', n_pids=4, n_imgs=2, epochs=3, steps=2, l2='adaptive')
+    train_run(tmp_path/'whole', splits, cfg)
+    def stop(learn, cfg, start):
+        class Stop(Callback):
+            order = 70
+            def after_epoch(self):
+                if self.epoch==1: raise KeyboardInterrupt
+        learn.add_cb(Stop())
+        fit_run(learn, cfg, start)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(runs, 'fit_run', stop)
+        with pytest.raises(KeyboardInterrupt): train_run(tmp_path/'cut', splits, cfg)
+    train_run(tmp_path/'cut', splits, cfg)
+    for f in ('lambdas.csv','model.safetensors'): assert (tmp_path/'whole'/f).read_bytes()==(tmp_path/'cut'/f).read_bytes()
