@@ -199,16 +199,36 @@ def draw_part(
     return draw(n*ranks.n).narrow(-1, n*ranks.rank, n)
 
 # %% ../nbs/00a_distributed.ipynb #86ec335f
-class _SumAll(torch.autograd.Function):
-    "Sum over all processes; also of the gradients"
+class _SyncedNorm(torch.autograd.Function):
+    "Batch norm with the statistics of all processes; as PyTorch does on a CPU, it sums in float64"
     @staticmethod
-    def forward(ctx, x):
-        with talking(): dist.all_reduce(x := x.clone())
-        return x
+    def forward(ctx, x, weight, bias, eps):
+        dims,col = [0,*range(2, x.ndim)],[1,-1]+[1]*(x.ndim-2)
+        n = x.numel()//x.shape[1]*ranks.n
+        mean = _sum_all(x.sum(dims, dtype=torch.float64))/n
+        d = x-mean.to(x).view(col)
+        var = _sum_all(d.square().sum(dims, dtype=torch.float64))/n
+        scale = (var+eps).rsqrt()
+        gain = scale if weight is None else scale*weight
+        ctx.save_for_backward(d, scale, gain)
+        ctx.dims,ctx.col,ctx.n,ctx.affine = dims,col,n,weight is not None
+        ctx.mark_non_differentiable(mean, var)
+        y = d*gain.to(x).view(col)
+        return y if bias is None else y.add_(bias.to(x).view(col)),mean,var
+
     @staticmethod
-    def backward(ctx, g):
-        with talking(): dist.all_reduce(g := g.clone())
-        return g
+    def backward(ctx, g, *_):
+        d,scale,gain = ctx.saved_tensors
+        sums = torch.stack([g.sum(ctx.dims, dtype=torch.float64), (g*d).sum(ctx.dims, dtype=torch.float64)])
+        own = (scale*sums[1]).to(g),sums[0].to(g)
+        mean_g,mean_gd = _sum_all(sums.clone())/ctx.n
+        dx = (g-mean_g.to(g).view(ctx.col)-d*(mean_gd*scale**2).to(g).view(ctx.col)).mul_(gain.to(g).view(ctx.col))
+        return dx,*(own if ctx.affine else (None,None)),None
+
+def _sum_all(x):
+    "Sum over all processes, in place"
+    with talking(): dist.all_reduce(x)
+    return x
 
 def _update_running(m, mean, var, n):
     "Update the running statistics as PyTorch does, and return the momentum"
@@ -226,15 +246,9 @@ def _synced_norm(m, x):
         from torch.nn.modules._functions import SyncBatchNorm
         stats = (m.running_mean,m.running_var) if m.track_running_stats else (None,None)
         return SyncBatchNorm.apply(x.contiguous(), m.weight, m.bias, *stats, m.eps, _update_running(m, None, None, 0), dist.group.WORLD, ranks.n)
-    z = x.to(torch.promote_types(x.dtype, torch.float32))
-    dims,n,col = [0,*range(2, x.ndim)],x.numel()//x.shape[1]*ranks.n,lambda o: o.view(1, -1, *[1]*(x.ndim-2))
-    mean = _SumAll.apply(z.sum(dims))/n
-    z = z-col(mean)
-    var = _SumAll.apply(z.square().sum(dims))/n
-    _update_running(m, mean, var, n)
-    scale = (var+m.eps).rsqrt()
-    if m.weight is None: return (z*col(scale)).to(x.dtype)
-    return (z*col(scale*m.weight)+col(m.bias)).to(x.dtype)
+    y,mean,var = _SyncedNorm.apply(x.to(torch.promote_types(x.dtype, torch.float32)), m.weight, m.bias, m.eps)
+    _update_running(m, mean, var, x.numel()//x.shape[1]*ranks.n)
+    return y.to(x.dtype)
 
 def _forward(m, x):
     "`forward` of a norm among other processes"
