@@ -18,9 +18,10 @@ import torch
 from fastai.data.block import DataBlock,TransformBlock
 from fastai.data.core import DataLoaders,TfmdDL,test_set
 from fastai.data.transforms import Categorize,Category,ColReader,IndexSplitter,IntToFloatTensor,ToTensor
-from fastai.torch_core import TensorCategory,TensorImage,num_distrib,to_detach
+from fastai.torch_core import TensorCategory,TensorImage,default_device,num_distrib,to_detach
 from fastai.torch_basics import DisplayedTransform
 from fastcore.all import *
+from torch.utils.data import get_worker_info
 
 from ..core import JUNK_PID,ReIDSplits,brief,check_int,check_protocol,free_memory,progress,ranks
 from .augment import reid_augs
@@ -44,13 +45,16 @@ class ImageMemory:
     def __init__(self,
         paths, # Image files
         size:tuple, # (height, width), px
-        n_threads:int|None=None # Threads that decode; None: one a core, up to 16
+        n_threads:int|None=None, # Threads that decode; None: one a core, up to 16
+        device:str|torch.device='cpu' # Where the bytes lie; batches are gathered there
     ):
         self.size,self.index = tuple(size),{p:i for i,p in enumerate(dict.fromkeys(paths))}
-        self.x = torch.empty(len(self.index), 3, *size, dtype=torch.uint8)
-        x = self.x.numpy()
-        def keep(i, im): x[i] = im
+        self.x = torch.empty(len(self.index), 3, *size, dtype=torch.uint8, device=device)
+        x = self.x.numpy() if self.x.device.type=='cpu' else self.x
+        def keep(i, im): x[i] = im if x is not self.x else torch.from_numpy(im.copy())
         _decode_all(list(self.index), size, keep, 'Decoding images', n_threads)
+
+    def __contains__(self, p): "Whether file `p` is in memory, and in one that this process can read"; return p in self.index and (self.x.device.type=='cpu' or not get_worker_info())
 
     def rows(self,
         paths # Image files
@@ -62,13 +66,19 @@ class ImageMemory:
 # %% ../../nbs/08_data.block.ipynb #74a680b5
 def _free(): return ifnone(free_memory(), 8<<30)
 
-def _fits(n, size):
-    "Whether `n` images are to be kept in memory; says so if not"
-    need,free = n*3*size[0]*size[1],_free()
-    if need<=free/2: return True
-    warnings.warn(f'{n} images of {size[0]}×{size[1]} need {need/1e9:.1f} GB, and {free/1e9:.1f} GB are free: they are decoded anew each time, '
-                  'which is slower. A smaller `size` may fit; `in_memory=True` insists.')
-    return False
+def _free_on(device): "Bytes that are free on a GPU"; return torch.cuda.mem_get_info(device)[0] if device.type=='cuda' else 0
+
+def _place(n_train, n, size, device):
+    "How many of `n` images to keep as bytes, those of training first, and where: on the GPU, in memory, or, the number being 0, nowhere; says so if not all"
+    need,free = 3*size[0]*size[1],_free()
+    for k in n,n_train:
+        at = device if k*need<=_free_on(device)/4 else 'cpu' if k*need<=free/2 else None  # the rest of a GPU is for the network
+        if at is not None: break
+    else: k = 0
+    if k<n: warnings.warn(f'{n} images of {size[0]}×{size[1]} need {n*need/1e9:.1f} GB, and {free/1e9:.1f} GB are free: '
+                          +('those of training are kept, and the others are decoded anew at each evaluation. ' if k else 'they are decoded anew each time, which is slower. ')
+                          +'A smaller `size` may fit; `in_memory=True` insists.')
+    return k,at
 
 def _check_memory(what, n, size, pixel, remedy):
     "Refuse `n` images of `size`, of `pixel` bytes a pixel, that do not fit into memory"
@@ -86,7 +96,7 @@ class ReadImage(DisplayedTransform):
     ): store_attr()
     def encodes(self, o):
         m = self.memory
-        if m is not None and isinstance(o, str) and o in m.index: return TensorImage(m.x[m.index[o]])
+        if m is not None and isinstance(o, str) and o in m: return TensorImage(m.x[m.index[o]].cpu())
         return TensorImage(torch.from_numpy(read_image(o, self.size).copy()))
     def __getstate__(self): return {**self.__dict__, 'memory': None}
 
@@ -275,14 +285,16 @@ def from_splits(cls:ReIDDataLoaders,
     df = _absolute(pd.concat([parts[0], test_df], ignore_index=True), splits.root)
     _check_memory('a batch of floats', max(sampler.bs, min(val_bs, len(test_df))), size, 12, 'or pass smaller batches by n_pids, n_imgs and val_bs')
     if in_memory: _check_memory('in_memory=True', len(df), size, 3, 'or leave `in_memory` out')
-    mem = ImageMemory(df.path, size) if ifnone(in_memory, _fits(len(df), size)) else None
-    if mem is None: _decode_all(list(df.path), size, noop, 'Checking images')  # else a broken file would be met at the search, after the training
+    gpu = torch.device('cpu') if num_workers else torch.device(ifnone(device, default_device()))  # loader processes do not see a GPU
+    kept,at = (len(df),'cpu') if in_memory else (0,None) if in_memory is False else _place(len(parts[0]), len(df), size, gpu)
+    mem = ImageMemory(df.path[:kept], size, device=at) if kept else None
+    if kept<len(df): _decode_all(list(df.path[kept:]), size, noop, 'Checking images')  # else a broken file would be met at the search, after the training
     dblock = DataBlock(blocks=(ReIDImageBlock(size, mem), PidBlock(parts[0].pid, test_df.pid, splits.pid_names), CamBlock()), n_inp=1, dl_type=ReIDDL,
                        getters=[ItemPath(), ColReader('pid'), ColReader('camid')], splitter=IndexSplitter(range(len(parts[0]), len(df))),
                        batch_tfms=ifnone(batch_tfms, reid_augs(round(10*size[1]/128))))
-    if num_workers is None: num_workers = 0 if mem else min(16, os.cpu_count() or 1)
-    dls = dblock.dataloaders(df, path=path, bs=sampler.bs, val_bs=val_bs, num_workers=num_workers, device=device,
-                             dl_kwargs=[dict(sampler=sampler),{}])
+    workers = [ifnone(num_workers, 0 if kept>=n else min(16, os.cpu_count() or 1)) for n in (len(parts[0]), len(df))]
+    dls = dblock.dataloaders(df, path=path, bs=sampler.bs, val_bs=val_bs, device=device,
+                             dl_kwargs=[dict(o, num_workers=w, pin_memory=w>0 and gpu.type=='cuda') for o,w in zip((dict(sampler=sampler),{}), workers)])
     res = cls(*dls.loaders, path=path, device=dls.device)
     res.splits,res.test_df,res.size = splits,test_df,tuple(size)
     return res

@@ -169,9 +169,7 @@ def lay_out(self:ReIDNet,
     device:str|torch.device # Where it is going to compute
 ) -> ReIDNet: # The same network
     "Order the weights in memory as `device` likes it best"
-    depthwise = any(isinstance(m, nn.Conv2d) and m.groups==m.in_channels>1 for m in self.modules())
-    last = depthwise and torch.device(device).type=='cpu'
-    return self.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return self.to(memory_format=torch.channels_last if torch.device(device).type=='cpu' else torch.contiguous_format)
 
 # %% ../../nbs/03b_models.net.ipynb #91edefbb
 @dataclass(frozen=True)

@@ -1,0 +1,185 @@
+"""What a GPU is for, in one command of at most 8 minutes, without a network:
+
+    pip install --no-index --no-deps WHEELS/*.whl      # on a machine that has torch ≥ 2.11 and timm
+    python benchmarks/gpu.py [--data DIR] [--minutes 8] [--tiny] [--device cuda]
+
+WHEELS is a folder of wheels, filled where there is a network, on the same platform, by
+
+    pip wheel --no-deps -w WHEELS . && pip download --no-deps -d WHEELS fastai fastcore fasttransform fastprogress fastdownload python-fasthtml starlette \\
+        itsdangerous python-multipart plum-dispatch beartype cloudpickle pytorch-metric-learning scikit-learn joblib threadpoolctl scipy pandas matplotlib \\
+        contourpy cycler fonttools kiwisolver pyparsing python-dateutil six packaging tqdm pytest pluggy iniconfig
+
+(fastai also names spacy, which nothing here imports: `--no-deps` in the first line leaves it out)
+
+It prints, as Markdown:
+- training of ResNet50, 384×128, batches of 64, with the paper's branches: images a second of `reid_learner.fit` and of a bare loop, in fp32, TF32 and bf16, either layout, compiled or not;
+- the share of the penalty and of θ's update in a step (goal: at most 1 %);
+- `RetrievalResults` and re-ranking at the size of Market-1501 and of MSMT17 on the device, beside the bare product;
+- the tests that are marked for a GPU;
+- with --data, one training of 10 epochs by `reid-train`.
+What the time does not allow is left out, and said to be. `--tiny --device cpu` runs all of it at toy size.
+"""
+import argparse, statistics, subprocess, sys, tempfile, time, warnings
+from pathlib import Path
+
+import timm, torch
+from fastai.callback.core import Callback, CancelValidException
+from fastai.data.core import DataLoaders
+
+from reid_fastai.callback.precision import ReIDPrecision, precisions, supports_precision
+from reid_fastai.callback.regularizer import AdaptiveL2
+from reid_fastai.evaluation.all import RetrievalResults
+from reid_fastai.learner import reid_learner
+from reid_fastai.losses import ReIDLoss
+from reid_fastai.models import build_reid_net
+from reid_fastai.optimizer import FusedAdam
+from reid_fastai.regularizers import AdaptiveL2Regularizer
+
+warnings.filterwarnings('ignore')
+SIZES = dict(market=(3368, 15913, 750), msmt17=(11659, 82161, 3060))
+
+def sync(dev):
+    if dev.type=='cuda': torch.cuda.synchronize()
+
+def secs(f, dev):
+    sync(dev)
+    start = time.perf_counter()
+    f()
+    sync(dev)
+    return time.perf_counter()-start
+
+class _Batches:
+    "Random batches at hand, as a loader"
+    def __init__(self, n, bs, size, dev):
+        self.b = [(torch.rand(bs, 3, *size, device=dev), torch.arange(bs, device=dev)//4, torch.zeros(bs, dtype=torch.long, device=dev)) for _ in range(min(n, 4))]
+        self.n,self.device,self.dataset = n,dev,None
+    def __len__(self): return self.n
+    def __iter__(self): return (self.b[i%len(self.b)] for i in range(self.n))
+    def to(self, dev): return self
+
+class _NoSearch(Callback):
+    "Training alone"
+    def before_validate(self): raise CancelValidException()
+
+def set_tf32(on): torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+
+def network(a, layout, compiled):
+    torch.manual_seed(0)
+    net = build_reid_net(a.arch, 751, pretrained=False).to(a.device).to(memory_format=layout)
+    if compiled: net.compile()
+    return net
+
+def bare(a, net, precision, dl):
+    "A training loop of PyTorch alone"
+    reg,loss_func = AdaptiveL2Regularizer(net).to(a.device),ReIDLoss()
+    opt = torch.optim.Adam([*net.parameters(), reg.theta], lr=1e-4, eps=1e-7, fused=True)
+    def go():
+        for x,pid,_ in dl:
+            with torch.autocast(a.device.type, precisions[precision], enabled=precision!='fp32'): out = net(x)
+            (loss_func(out, pid)+reg()).backward()
+            opt.step()
+            opt.zero_grad()
+    return go
+
+def fit(a, net, precision, dl):
+    dls = DataLoaders(dl, dl, device=a.device)
+    dls.c,dls.n_inp = 751,1
+    learn = reid_learner(dls, net, cbs=[AdaptiveL2(), _NoSearch(), *([ReIDPrecision(precision)] if precision!='fp32' else [])])
+    learn.remove_cb(learn.retrieval_metrics)
+    def go():
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-4)
+    return go
+
+def training(a):
+    dl = _Batches(a.steps, a.bs, a.size, a.device)
+    print(f'## Training\n\n{a.arch}, {a.size[0]}×{a.size[1]}, batches of {a.bs}, global and two regional branches; images a second, medians of {a.rounds} rounds in turn\n')
+    print('| precision | layout | compiled | bare loop | fit | fit / bare (goal 0.97) | peak memory, GB |\n|---|---|---|---|---|---|---|')
+    for compiled in (False,) if a.tiny else (False, True):
+        for name,precision,tf32 in ('fp32','fp32',False),('TF32','fp32',True),('bf16','bf16',False):
+            if a.device.type!='cuda' and name=='TF32' or not supports_precision(precision, a.device): continue
+            for layout in torch.contiguous_format,torch.channels_last:
+                if a.tiny and precision=='bf16' and layout is torch.contiguous_format: continue
+                if a.left()<(60 if compiled else 20) or compiled and layout is not torch.channels_last: continue
+                set_tf32(tf32)
+                net = network(a, layout, compiled)
+                gos = [bare(a, net, precision, dl)]
+                f = fit(a, net, precision, dl)
+                net.to(memory_format=layout)  # `reid_learner` has a layout of its own
+                gos.append(f)
+                if a.device.type=='cuda': torch.cuda.reset_peak_memory_stats()
+                for go in gos: go()
+                ts = [[secs(go, a.device) for go in gos] for _ in range(a.rounds)]
+                b,t = (a.steps*a.bs/statistics.median(o) for o in zip(*ts))
+                mem = torch.cuda.max_memory_allocated()/1e9 if a.device.type=='cuda' else float('nan')
+                print(f'| {name} | {str(layout).split(".")[-1]} | {compiled} | {b:.0f} | {t:.0f} | {statistics.median(x/y for x,y in ts):.3f} | {mem:.1f} |', flush=True)
+                del net,gos
+    set_tf32(False)
+
+def shares(a):
+    "Of the penalty, forward and backward, and of θ's update in a step"
+    if a.left()<20: return print('\nShares of a step: left out, no time')
+    net,dl = network(a, torch.channels_last, False),_Batches(1, a.bs, a.size, a.device)
+    precision = 'bf16' if supports_precision('bf16', a.device) else 'fp32'
+    reg = AdaptiveL2Regularizer(net).to(a.device)
+    step = bare(a, net, precision, dl)
+    def penalty(): reg().backward()
+    penalty()
+    theta = FusedAdam([reg.theta], lr=1e-4)
+    for f in step,penalty,theta.step: f()
+    penalty()
+    ts = [[secs(f, a.device) for f in (step,penalty,theta.step)] for _ in range(3 if a.tiny else 30)]
+    s,p,t = map(statistics.median, zip(*ts))
+    print(f'\nA step in {precision} takes {1e3*s:.1f} ms; the penalty alone {1e3*p:.2f} ms, {100*p/s:.2f} %; the update of θ alone {1e3*t:.2f} ms, {100*t/s:.2f} % (goal: 1 % together)', flush=True)
+
+def features(n_q, n_g, n_ids, dev, d=2048):
+    g = torch.Generator(dev).manual_seed(0)
+    def part(n): return torch.randn(n, d, generator=g, device=dev),torch.randint(1, n_ids+1, (n,), generator=g, device=dev),torch.randint(0, 6, (n,), generator=g, device=dev)
+    return *part(n_q),*part(n_g)
+
+def retrieval(a):
+    print('\n## Retrieval\n\n| size | product, s | retrieval, s | ratio | re-ranking, s | mAP |\n|---|---|---|---|---|---|')
+    for name,(n_q,n_g,n_ids) in (dict(tiny=(40, 200, 10)) if a.tiny else SIZES).items():
+        if a.left()<(30 if name=='market' else 90) and not a.tiny: print(f'| {name} | left out, no time |'); continue
+        args = features(n_q, n_g, n_ids, a.device)
+        q,g = args[0],args[3]
+        def product():
+            for o in q.split(1024): o@g.T
+        def search(): search.res = RetrievalResults.from_embeddings(*args); search.res.mAP
+        for f in product,search: f()
+        p,r = secs(product, a.device),secs(search, a.device)
+        again = secs(lambda: search.res.rerank().mAP, a.device) if name!='msmt17' or a.left()>150 else float('nan')
+        print(f'| {name} | {p:.3f} | {r:.3f} | {r/p:.2f} | {again:.2f} | {100*search.res.mAP:.2f} |', flush=True)
+
+def gpu_tests(a):
+    if a.tiny: return
+    root = Path(__file__).resolve().parents[1]
+    res = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(root/'tests'), '-m', 'gpu'], capture_output=True, text=True, cwd=root, timeout=max(30, a.left()))
+    print('\n## Tests\n\n'+(res.stdout.strip().splitlines() or ['none ran'])[-1], flush=True)
+
+def train(a):
+    if not a.data: return
+    with tempfile.TemporaryDirectory() as d:
+        cmd = [sys.executable, '-c', 'from reid_fastai.cli import reid_train; import sys; sys.argv[0]="reid-train"; reid_train()', a.data, '--out', f'{d}/run', '--arch', a.arch,
+               '--size', '256x128', '--epochs', '10', '--device', str(a.device)]
+        try: res = subprocess.run(cmd, capture_output=True, text=True, timeout=max(30, a.left()))
+        except subprocess.TimeoutExpired: return print(f'\n## {a.data}\n\nNot done within the time')
+        print(f'\n## {a.data}\n\n'+(res.stdout if res.returncode==0 else res.stderr.strip()[-600:]))
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--data', help='dataset to train on, in a layout that reid-train knows')
+    p.add_argument('--minutes', type=float, default=8)
+    p.add_argument('--device', default='cuda')
+    p.add_argument('--tiny', action='store_true', help='toy sizes, for a test of this script')
+    p.add_argument('--arch', default=None, help='default: resnet50')
+    a = p.parse_args(argv)
+    end = time.perf_counter()+60*a.minutes
+    a.left,a.device = (lambda: end-time.perf_counter()),torch.device(a.device)
+    if a.device.type=='cuda' and not torch.cuda.is_available(): raise SystemExit('No GPU here. `--tiny --device cpu` tries the script on the CPU.')
+    a.arch = a.arch or ('resnet10t' if a.tiny else 'resnet50')
+    a.size,a.bs,a.steps,a.rounds = ((64,32), 8, 1, 1) if a.tiny else ((384,128), 64, 10, 5)
+    what = torch.cuda.get_device_name() if a.device.type=='cuda' else 'CPU'
+    print(f'# {what}\n\ntorch {torch.__version__}, timm {timm.__version__}\n')
+    for f in training,shares,retrieval,gpu_tests,train: f(a)
+
+if __name__=='__main__': main()
