@@ -1,4 +1,6 @@
+from .arrays import *
 from .regularizer import *
+from .rotation import *
 from .history import *
 from .evaluation import *
 from .checks import *
