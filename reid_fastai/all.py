@@ -2,6 +2,7 @@ from .core import *
 from .distributed import *
 from .files import *
 from .regularizers import *
+from .rotation import *
 from .losses import *
 from .models.all import *
 from .data.all import *

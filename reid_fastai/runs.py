@@ -26,6 +26,7 @@ from .callback.distributed import check_same_data
 from .callback.evaluation import *
 from .callback.history import *
 from .callback.precision import *
+from .callback.regularizer import L2Callback,find_l2
 from .config import *
 from .core import *
 from .data.block import *
@@ -288,7 +289,8 @@ def _write(out, learn, splits, cfg, results, res):
     "Write what is left to write"
     save_model(learn.model, out/'model.safetensors', cfg['size'], dataset=splits.name)
     save_ranked(results, *search_rows(splits), out/'ranked.png')
-    if cb := find_l2(learn):
+    if cb := find_l2(learn): save_figure(learn.plot_angle_hist().figure, out/'angle_hist.png')
+    if isinstance(cb, L2Callback):
         lam = cb.history[lambda o: o.epoch==o.epoch.max()].lam
         res.update(lambda_min=float(lam.min()), lambda_mean=float(lam.mean()), lambda_max=float(lam.max()), arrays=len(lam))
         save_figure(learn.plot_lambda_hist()[0].figure, out/'lambda_hist.png')

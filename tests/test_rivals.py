@@ -1,0 +1,145 @@
+"The rivals against their formulas, written down by hand, and against the package pytorch-cpr's rule"
+import copy, tempfile
+from functools import partial
+
+import numpy as np, pytest, torch
+from fastai.basics import *
+from fastai.callback.all import *
+from torch import nn
+
+from reid_fastai.callback.regularizer import *
+from reid_fastai.callback.rivals import *
+
+for o in [o for o in globals() if o.startswith('test')]: del globals()[o]
+
+def halves(m): return [params(m[0]), params(m[1:])]
+def learner(*cbs, opt_func=partial(SGD, mom=.9), n=16, bs=8):
+    torch.manual_seed(0)
+    x = torch.randn(n, 4)
+    ds = L(zip(x, x.sum(1, keepdim=True)))
+    set_seed(0)
+    return Learner(DataLoaders(DataLoader(ds, bs=bs), DataLoader(ds, bs=bs), path=tempfile.mkdtemp()), nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)),
+                   MSELossFlat(), opt_func=opt_func, splitter=halves, cbs=list(cbs))
+
+def fit(learn, n=2, lr=1e-2):
+    with learn.no_bar(), learn.no_logging(): learn.fit(n, lr)
+    return learn
+
+def by_hand(before=noop, after=noop, n=2, lr=1e-2, opt=partial(torch.optim.SGD, momentum=.9)):
+    "The same training, in plain PyTorch"
+    learn = learner()
+    m,o = learn.model,None
+    o = opt(m.parameters(), lr=lr)
+    for _ in range(n):
+        for x,y in learn.dls.train:
+            o.zero_grad()
+            nn.functional.mse_loss(m(x), y).backward()
+            kernels = [p for p in m.parameters() if p.ndim>1]
+            with torch.no_grad(): before(kernels, lr)
+            old = [k.detach().clone() for k in kernels]
+            o.step()
+            with torch.no_grad(): after(kernels, old, lr)
+    return m
+
+def same(a, b): return all(torch.allclose(x, y, rtol=1e-5, atol=1e-7) for x,y in zip(a.parameters(), b.parameters()))
+
+def test_decoupled():
+    def decay(ks, lr): [k.mul_(1-lr*5) for k in ks]
+    a = fit(learner(DecoupledL2(5.)))
+    assert same(a.model, by_hand(before=decay)) and not same(a.model, by_hand())
+
+def test_decoupled_is_adamw():
+    "With all arrays but kernels excluded, PyTorch's AdamW is the oracle; fused through OptimWrapper and beside fastai's Adam"
+    def adamw(ps, lr):
+        ps = list(ps)
+        return torch.optim.AdamW([dict(params=[p for p in ps if p.ndim>1], weight_decay=2.), dict(params=[p for p in ps if p.ndim==1], weight_decay=0.)], lr=lr)
+    want = by_hand(opt=adamw)
+    for opt_func in (partial(OptimWrapper, opt=torch.optim.AdamW), partial(Adam, mom=.9, sqr_mom=.999, eps=1e-8)):
+        a = fit(learner(DecoupledL2(2.), opt_func=opt_func))
+        assert all(torch.allclose(x, y, rtol=1e-4, atol=1e-5) for x,y in zip(a.model.parameters(), want.parameters()))
+
+def test_cautious():
+    def decay(ks, old, lr):
+        for k,o in zip(ks, old):
+            u = (o-k)/lr
+            k -= lr*5*torch.where(u*o>=0, o, 0.)
+    a = fit(learner(CautiousL2(5.)))
+    assert same(a.model, by_hand(after=decay)) and not same(a.model, fit(learner(DecoupledL2(5.))).model)
+
+def cpr_rule(kappas, lams):
+    "What `pytorch_cpr.adamcpr.l2_update` does, with `kappa_update=1` and `reg_by_lr=False`"
+    def after(ks, old, lr):
+        for k,kappa,lam in zip(ks, kappas, lams):
+            lam.add_(1/k.numel()*(k.square().sum()-kappa)).clip_(min=0.)
+            k.addcmul_(k, lam, value=-2)
+    return after
+
+def test_cpr():
+    kernels = [p.detach().clone() for p in learner().model.parameters() if p.ndim>1]
+    kappas,lams = [.5*k.square().sum() for k in kernels],[torch.zeros(()) for _ in kernels]
+    a = fit(learner(CPR(.5, warm=0)))
+    assert same(a.model, by_hand(after=cpr_rule(kappas, lams))) and not same(a.model, by_hand())
+    h = a.cpr.history
+    assert np.allclose(h.lam[(h.epoch==2) & (h.kind=='kernel')], lams, rtol=1e-5) and min(lams)>0
+    assert same(fit(learner(CPR(.5, warm=2))).model, by_hand()), 'warming up'
+
+def test_cpr_against_the_package():
+    theirs = pytest.importorskip('pytorch_cpr.adamcpr')
+    w,lam = torch.randn(8, 4),torch.tensor([.01])
+    kappa = .9*w.square().sum()
+    theirs.l2_update(a := w.clone(), la := lam.clone(), kappa, torch.tensor(1/w.numel()), False, .1)
+    cpr_rule([kappa], [lb := lam.clone()])([b := w.clone()], None, .1)
+    assert torch.allclose(a, b) and torch.allclose(la, lb)
+
+def test_l2sp():
+    start = [p.detach().clone() for p in learner().model.parameters()]
+    def pull(ks, lr): pass
+    a = fit(learner(L2SP(.1, .05)))
+    learn = learner()
+    o = torch.optim.SGD(learn.model.parameters(), lr=1e-2, momentum=.9)
+    for _ in range(2):
+        for x,y in learn.dls.train:
+            o.zero_grad()
+            ps = list(learn.model.parameters())
+            (nn.functional.mse_loss(learn.model(x), y)+.1*sum((p-s).square().sum() for p,s in zip(ps[:2], start))+.05*sum(p.square().sum() for p in ps[2:])).backward()
+            o.step()
+    assert same(a.model, learn.model)
+
+def test_awd():
+    lam = [0.]
+    def push(ks, lr):
+        g,w = (torch.cat([o.flatten() for o in os]).norm() for os in ([k.grad for k in ks], ks))
+        lam[0] = .1*lam[0]+.9*.3*g/w
+        for k in ks: k.grad += lam[0]*k
+    a = fit(learner(AWD(.3)))
+    assert same(a.model, by_hand(before=push)) and not same(a.model, by_hand())
+
+@pytest.mark.parametrize('cb', [DecoupledL2, CautiousL2, CPR, L2SP, AWD])
+def test_same_history(cb):
+    a = fit(learner(cb()))
+    h = find_l2(a).history
+    assert list(h.columns)==['epoch','name','kind','theta','lam','sq_norm','angle','rotates'] and list(h.epoch.unique())==[0,1,2] and h.lam.notna().all()
+
+@pytest.mark.parametrize('make', [lambda: CPR(.5, warm=0), lambda: AWD(.3)])
+def test_state_goes_on(make, tmp_path):
+    "λ of an interrupted training comes back from the table"
+    import pandas as pd
+    cb = find_l2(fit(learner(make())))
+    cb.history.to_csv(tmp_path/'l.csv', index=False)
+    again = find_l2(learner(make()))
+    again.restore_history(pd.read_csv(tmp_path/'l.csv'))
+    assert torch.equal(again.regularizer.factors, cb.regularizer.factors) and cb.regularizer.factors.max()>0
+
+@pytest.mark.parametrize('make', [lambda: DecoupledL2(5.), lambda: CautiousL2(5.), lambda: CPR(.5, warm=0), lambda: AWD(.3)])
+def test_frozen_and_skipped(make):
+    class Skip(Callback):
+        order = MixedPrecision.order
+        def before_step(self): raise CancelStepException()
+    a = learner(make(), Skip())
+    before = [p.detach().clone() for p in a.model.parameters()]
+    fit(a)
+    assert all(torch.equal(p, b) for p,b in zip(a.model.parameters(), before))
+    a = learner(make())
+    a.freeze()
+    fit(a)
+    assert torch.equal(a.model[0].weight, before[0]) and not torch.equal(a.model[2].weight, before[2])

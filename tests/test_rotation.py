@@ -1,0 +1,248 @@
+"Rotation control: angles and norms against an oracle in double precision, and in fastai's training loop"
+import pickle, tempfile
+from functools import partial
+
+import numpy as np, pandas as pd, pytest, torch
+from fastai.basics import *
+from fastai.callback.all import *
+from torch import nn
+
+from reid_fastai.callback.arrays import ArrayHistory
+from reid_fastai.callback.history import *
+from reid_fastai.callback.regularizer import *
+from reid_fastai.callback.rotation import *
+from reid_fastai.regularizers import *
+from reid_fastai.rotation import *
+
+for o in [o for o in globals() if o.startswith('test')]: del globals()[o]
+
+# ---- the rule
+
+def oracle(new, old, angle, per_channel, keep):
+    "The formula with numpy in double precision, row by row"
+    rows = (lambda w: w.reshape(len(w), -1)) if per_channel else (lambda w: w.reshape(1, -1))
+    n,o = rows(new.double().numpy().copy()),rows(old.double().numpy())
+    for i in range(len(o)):
+        r,u = np.linalg.norm(o[i]),(n[i]-o[i])-np.dot(n[i]-o[i], o[i])/np.dot(o[i], o[i])*o[i]
+        turned = np.cos(angle)*o[i]+np.sin(angle)*r*u/np.linalg.norm(u)
+        n[i] = dict(both=turned, angle=turned*np.linalg.norm(n[i])/r, norm=n[i]*r/np.linalg.norm(n[i]))[keep]
+    return torch.tensor(n.reshape(new.shape))
+
+shapes = (32,16,3,3),(64,32),(8,1,3,3),(5,),(256,128,3,3)
+@pytest.mark.parametrize('keep', KEEPS)
+@pytest.mark.parametrize('per_channel', [False, True])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_rule_against_the_formula(keep, per_channel, layout):
+    torch.manual_seed(0)
+    olds = [torch.randn(s) for s in shapes if not (per_channel and len(s)==1)]
+    olds = [o.to(memory_format=layout) if o.ndim==4 else o for o in olds]
+    news = [o+1e-2*torch.randn_like(o)-1e-2*o for o in olds]
+    angles = torch.linspace(1e-4, .1, len(olds))
+    want = [oracle(n, o, a.item(), per_channel, keep) for n,o,a in zip(news, olds, angles)]
+    turn_arrays(ws := [n.clone() for n in news], olds, angles, per_channel, keep)
+    for w,x,o in zip(ws, want, olds): assert (w-x).abs().max()<5e-6*o.abs().max()
+    if keep!='norm': assert torch.allclose(turned_angles(ws, olds, per_channel), angles.double(), rtol=1e-4, atol=1e-7)
+
+def test_norm_does_not_drift():
+    "Over many steps; an error of one part in a million a step would be seen"
+    torch.manual_seed(0)
+    w = torch.randn(16, 16, 3, 3)
+    norm = w.double().norm()
+    for _ in range(300):
+        old = w.clone()
+        w += 1e-3*torch.randn_like(w)-1e-2*w
+        turn_arrays([w], [old], torch.tensor([5e-3]))
+    assert abs(w.double().norm()/norm-1)<1e-5
+
+def test_no_direction_no_turn():
+    old = torch.randn(4, 3)
+    turn_arrays([w := .9*old], [old], torch.tensor([.1]))
+    assert torch.equal(w, old), 'a step along the array'
+    turn_arrays([w := old.clone()], [old], torch.tensor([.1]))
+    assert torch.equal(w, old), 'no step'
+    old[1] = 0
+    new = old+.1
+    turn_arrays([w := new.clone()], [old], torch.tensor([.1]), per_channel=True)
+    assert torch.allclose(w[1], new[1]) and torch.allclose(w[[0,2,3]].norm(dim=1), old[[0,2,3]].norm(dim=1))
+
+# ---- which arrays
+
+def test_networks_whose_invariant_arrays_are_known():
+    import timm
+    m = timm.create_model('resnet10t', num_classes=5)
+    x = torch.randn(4, 3, 32, 32)
+    convs = [n for n,p in m.named_parameters() if p.ndim==4]
+    before,rng = {k: v.clone() for k,v in m.state_dict().items()},torch.get_rng_state()
+    m.eval()
+    assert scale_invariant(m, x)==convs and len(convs)>10
+    assert not m.training and torch.equal(rng, torch.get_rng_state()) and {o.eps for o in m.modules() if isinstance(o, nn.BatchNorm2d)}=={1e-5}
+    for k,v in m.state_dict().items(): assert torch.equal(v, before[k]), k
+    se = timm.create_model('mobilenetv3_small_050', num_classes=5)
+    want = [n for n,p in se.named_parameters() if p.ndim==4 and '.se.' not in n and n!='conv_head.weight']
+    assert scale_invariant(se, x)==want and len(want)<len([p for p in se.parameters() if p.ndim==4])
+
+@pytest.mark.parametrize('fault', ['bias','no norm','hidden by zero'])
+def test_faults_are_found(fault):
+    "Each of these looks invariant to a shape, a name or a careless test"
+    class Zero(nn.Module):
+        def __init__(self): super().__init__(); self.conv,self.gate = nn.Conv2d(4, 4, 1, bias=False),nn.Parameter(torch.zeros(1))
+        def forward(self, x): return x+self.gate*self.conv(x)
+    mid = {'bias': [nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)],
+           'no norm': [nn.Conv2d(4, 4, 1, bias=False)], 'hidden by zero': [Zero()]}[fault]
+    if fault=='bias': nn.init.zeros_(mid[0].bias)
+    m = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), *mid, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert scale_invariant(m, torch.randn(4, 3, 8, 8))==['0.weight']+['4.weight']*(fault=='bias')
+
+# ---- in the training loop
+
+def net(): return nn.Sequential(nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU()), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+turning = ['0.0.weight','1.weight']
+def halves(m): return [params(m[0]), params(m[1:])]
+def learner(*cbs, opt_func=Adam, n=32, bs=8, **kw):
+    torch.manual_seed(0)
+    x = torch.randn(n, 4)
+    ds = L(zip(x, x.sum(1, keepdim=True)))
+    dls = DataLoaders(DataLoader(ds, bs=bs), DataLoader(ds, bs=bs), path=tempfile.mkdtemp())
+    set_seed(0)
+    return Learner(dls, net(), MSELossFlat(), opt_func=opt_func, splitter=halves, cbs=list(cbs), **kw)
+
+def fit(learn, n=1, f='fit', *args, **kw):
+    with learn.no_bar(), learn.no_logging(): getattr(learn, f)(n, *args, **kw)
+    return learn
+
+class Watch(Callback):
+    "Angle and norm of each array in each step, by arccos in double precision, and the learning rates"
+    order = 300
+    def before_fit(self): self.rows = []
+    def before_step(self): self.old = {n: p.detach().double().flatten() for n,p in self.model.named_parameters()}
+    def after_step(self):
+        for n,p in self.model.named_parameters():
+            a,b = p.detach().double().flatten(),self.old[n]
+            d = (a/a.norm()-b/b.norm()).norm()
+            self.rows.append(dict(name=n, angle=float(2*torch.arcsin((d/2).clamp(max=1))), norm=float(a.norm()), lrs=[h['lr'] for h in self.opt.hypers]))
+    @property
+    def df(self): return pd.DataFrame(self.rows)
+
+opts = dict(adam=Adam, sgd=partial(SGD, mom=.9), lamb=Lamb, fused=partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True)), ranger=ranger)
+@pytest.mark.parametrize('opt', opts)
+def test_equal_angles_with_any_optimizer(opt):
+    learn = learner(RotationControl(.1), Watch(), opt_func=opts[opt])
+    norms = {n: p.detach().norm().item() for n,p in learn.model.named_parameters()}
+    df = fit(learn, 2, 'fit_one_cycle', slice(1e-3,1e-2)).watch.df
+    assert learn.rotation_control.names==turning
+    for i,n in enumerate(turning):
+        o = df[df.name==n]
+        assert len(o)==8 and np.allclose(o.angle, [(2*.1*lrs[i])**.5 for lrs in o.lrs], rtol=1e-3), n
+        assert np.allclose(o.norm, norms[n], rtol=1e-6)
+    assert df[df.name=='4.weight'].norm.nunique()==8, 'the last layer takes the plain step'
+
+@pytest.mark.parametrize('kw,want', [(dict(angle='linear'), lambda lr, t: .1*lr), (dict(angle=SchedCos(.01, 0.)), lambda lr, t: .005*(1+np.cos(np.pi*t)))])
+def test_other_angles(kw, want):
+    o = fit(learner(RotationControl(.1, **kw), Watch()), 2, 'fit', 1e-2).watch.df.query("name=='1.weight'")
+    assert np.allclose(o.angle, [want(1e-2, i/8) for i in range(8)], rtol=1e-3)
+
+def test_clip_and_accumulation():
+    a = fit(learner(RotationControl(.1), Watch(), GradientClip(.1)), 1, 'fit', 1e-2).watch.df
+    b = fit(learner(RotationControl(.1), Watch(), GradientAccumulation(16)), 1, 'fit', 1e-2).watch.df
+    for df,n in ((a,4),(b,2)):
+        o = df[df.name=='1.weight']
+        assert len(o)==n and np.allclose(o.angle, (2*.1*1e-2)**.5, rtol=1e-3)
+
+def test_skipped_step_turns_nothing():
+    "As `MixedPrecision` skips one when a gradient overflows"
+    class Skip(Callback):
+        order = MixedPrecision.order
+        def before_step(self):
+            self.seen = getattr(self, 'seen', [])+[self.model[1].weight.detach().clone()]
+            if self.iter==2: raise CancelStepException()
+    learn = fit(learner(RotationControl(.1), Skip()), 1, 'fit', 1e-2)
+    a = learn.skip.seen
+    assert not torch.equal(a[1], a[2]) and torch.equal(a[2], a[3])
+
+def test_frozen_arrays_stay():
+    learn = fit(learner(RotationControl(.1)), 1, 'fit', 1e-2)
+    learn.freeze()
+    w = learn.model[0][0].weight.detach().clone()
+    v = learn.model[1].weight.detach().clone()
+    fit(learn, 1, 'fit', 1e-2)
+    assert torch.equal(learn.model[0][0].weight, w) and not torch.equal(learn.model[1].weight, v)
+    learn.unfreeze()
+    assert not torch.equal(fit(learn, 1, 'fit', 1e-2).model[0][0].weight, w)
+
+def test_lr_find_leaves_no_trace():
+    learn = learner(RotationControl(.1))
+    before = {k: v.clone() for k,v in learn.model.state_dict().items()}
+    with learn.no_bar(): learn.lr_find(num_it=10, show_plot=False)
+    assert not len(learn.rotation_control.history)
+    for k,v in learn.model.state_dict().items(): assert torch.equal(v, before[k])
+
+def test_finding_changes_no_training():
+    "Weights after training with `keep` of nothing that turns equal those without the callback"
+    a,b = fit(learner(RotationControl(exclude='*.weight', arrays='4.bias')), 2),fit(learner(), 2)
+    class Find(RotationControl):
+        def _find(self): super()._find(); return []
+    c = fit(learner(Find()), 2)
+    for x,z in zip(b.model.state_dict().values(), c.model.state_dict().values()): assert torch.equal(x, z)
+
+def test_choice_by_name():
+    cb = fit(learner(RotationControl(arrays='kernel', exclude='0.*'))).rotation_control
+    assert cb.names==['1.weight','4.weight'] and set(cb.history.name[cb.history.rotates])==set(cb.names)
+
+def test_history_and_pictures():
+    learn = fit(learner(RotationControl(.1)), 2, 'fit', 1e-2)
+    h = learn.rotation_control.history
+    assert list(h.columns)==['epoch','name','kind','theta','lam','sq_norm','angle','rotates'] and list(h.epoch.unique())==[0,1,2]
+    o = h[h.rotates & (h.epoch>0)]
+    assert set(o.name)==set(turning) and np.allclose(o.angle, (2*.1*1e-2)**.5, rtol=1e-3) and (h.lam==0).all()
+    learn.plot_angle_hist(); learn.plot_angles()
+
+@pytest.mark.parametrize('make', [lambda: [AutoL2(.1, .1)], lambda: [RotationControl(.1), AdaptiveL2(.1)], lambda: [AdaptiveL2(.1), RotationControl(.1)]])
+def test_beside_adaptive_l2(make):
+    learn = fit(learner(*make(), Watch()), 2, 'fit', 1e-2)
+    h = find_l2(learn).history
+    last = h[h.epoch==2].set_index('name')
+    assert set(last.index[last.rotates])==set(turning) and (h.lam[h.rotates]==0).all() and (last.theta[last.rotates]==0).all()
+    assert (last.theta[~last.rotates]<0).all() and (last.lam[~last.rotates]>0).all()
+    pen = sum(l*n for l,n,r in zip(last.lam, last.sq_norm, last.rotates) if not r)
+    assert find_l2(learn).penalty().item()==pytest.approx(pen, rel=1e-5)
+    o = learn.watch.df.query("name=='1.weight'")
+    assert np.allclose(o.angle, (2*.1*1e-2)**.5, rtol=1e-3) and np.allclose(o.norm, o.norm.iloc[0], rtol=1e-6)
+
+def test_auto_is_removed_whole():
+    learn = fit(learner(AutoL2(.1, .1)))
+    cbs = learn.auto_l2
+    learn.remove_cb(cbs)
+    assert not [cb for cb in learn.cbs if isinstance(cb, ArrayHistory)]
+    fit(learn.add_cb(cbs))
+
+def test_pickled_together():
+    "Learners are pickled with their callbacks"
+    learn = fit(learner(AutoL2(.1, .1)))
+    again = pickle.loads(pickle.dumps(learn.cbs))
+    auto = first(again, lambda cb: isinstance(cb, AutoL2))
+    assert auto.rotation is first(again, lambda cb: isinstance(cb, RotationControl))
+
+def test_resume_to_the_last_digit(tmp_path):
+    "A run of two epochs that was interrupted after the first"
+    from reid_fastai.config import RunConfig
+    from reid_fastai.data.datasets import read_dataset
+    from reid_fastai.data.synthetic import make_synthetic
+    from reid_fastai.runs import train_run
+    splits = read_dataset(make_synthetic(tiny=True))
+    cfg = RunConfig(str(splits.root), arch='resnet10t', pretrained='none', size='64x32', n_pids=4, steps=2, epochs=2, lr=1e-2, l2='auto')
+    train_run(tmp_path/'whole', splits, cfg)
+    import reid_fastai.runs as runs
+    real = runs.fit_run
+    def cut(learn, cfg, start):
+        class Stop(Callback):
+            order = 90
+            def before_train(self):
+                if self.epoch==1: raise KeyboardInterrupt
+        learn.add_cb(Stop())
+        real(learn, cfg, start)
+    runs.fit_run = cut
+    try:
+        with pytest.raises(KeyboardInterrupt): train_run(tmp_path/'cut', splits, cfg)
+    finally: runs.fit_run = real
+    train_run(tmp_path/'cut', splits, cfg)
+    for f in ('lambdas.csv','model.safetensors'): assert (tmp_path/'whole'/f).read_bytes()==(tmp_path/'cut'/f).read_bytes(), f
