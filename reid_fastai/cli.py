@@ -6,12 +6,14 @@
 __all__ = ['reid_train', 'reid_eval', 'reid_compare', 'reid_synth', 'main']
 
 # %% ../nbs/21_cli.ipynb #760a904f
-import contextlib,io,os,sys,time,warnings
+import contextlib,io,os,signal,sys,time,warnings
 from inspect import signature
 from pathlib import Path
 from typing import Annotated
 
 if int(os.environ.get('WORLD_SIZE', 1))>1: os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # before torch is imported: else a lost process is reported in many lines of C++
+_in_shell = Path(sys.argv[0]).stem.startswith('reid-') and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if _in_shell: signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C during the imports needs no traceback
 warnings.filterwarnings('ignore', '.*torch.jit.script', FutureWarning)  # fastai calls it on import; nobody at a shell can act on that
 import pandas as pd
 import torch
@@ -30,6 +32,8 @@ from .files import *
 from .runs import *
 from .shell import *
 from .tables import *
+
+if _in_shell: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # %% ../nbs/21_cli.ipynb #97335078
 def _quietly(quiet):

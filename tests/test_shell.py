@@ -1,5 +1,5 @@
 "How commands end: what they refuse, what they keep, and what they leave behind"
-import errno, io, json, os, shutil, signal, sys
+import errno, io, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -220,3 +220,11 @@ def test_rows_stay_aligned(capsys):
     for v in (1e-30, -123456.789, float('nan'), 12.5): show(dict(epoch=1, train_loss=v, mAP=v))
     lines = capsys.readouterr().out.splitlines()
     assert len({len(l) for l in lines})==1 and 'nan' not in ' '.join(lines)
+
+def test_ctrl_c_during_the_imports_shows_no_traceback():
+    p = subprocess.Popen([sys.executable, '-c', 'import sys; sys.argv[0] = "reid-synth"; print("on", flush=True); import reid_fastai.cli'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    p.stdout.readline()
+    time.sleep(.5)  # torch alone takes longer
+    p.send_signal(signal.SIGINT)
+    assert p.communicate(timeout=60)[1]=='' and p.returncode==130
