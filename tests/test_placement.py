@@ -1,0 +1,47 @@
+"Where the bytes of images lie: on the device, in memory, or nowhere"
+import pytest, torch
+
+from reid_fastai.data import block
+from reid_fastai.data.block import ImageMemory
+from reid_fastai.data.datasets import read_dataset
+from reid_fastai.data.synthetic import make_synthetic
+from reid_fastai.test_utils import tiny_dls
+from pretend_gpu import pretend_gpu
+
+GB,gpu,cpu = 10**9,torch.device('cuda'),torch.device('cpu')
+
+@pytest.mark.parametrize('device,vram,ram,n_train,n,expect', [
+    (gpu, 80, 8, 32_621, 126_441, ('all',gpu)), (gpu, 24, 8, 32_621, 126_441, ('train',gpu)), (gpu, 8, 64, 32_621, 126_441, ('all','cpu')),
+    (cpu, 0, 8, 32_621, 126_441, ('none',None)), (cpu, 0, 12, 32_621, 126_441, ('train','cpu')), (cpu, 0, 64, 32_621, 126_441, ('all','cpu'))])
+def test_msmt17_at_384x128(device, vram, ram, n_train, n, expect, monkeypatch, recwarn):
+    monkeypatch.setattr(block, '_free', lambda: ram*GB)
+    monkeypatch.setattr(block, '_free_on', lambda d: vram*GB)
+    assert block._place(n_train, n, (384,128), device)==(dict(all=n, train=n_train, none=0)[expect[0]], expect[1])
+    assert len(recwarn)==(expect[0]!='all')
+
+def paths(n=6):
+    s = read_dataset(make_synthetic(tiny=True))
+    return [str(s.root/o) for o in s.train.path[:n]]
+
+def test_bytes_on_a_device(monkeypatch):
+    "Gathered there, and the same as in memory"
+    ps = paths()
+    here = ImageMemory(ps, (64,32))
+    with pretend_gpu(monkeypatch):
+        there = ImageMemory(ps, (64,32), n_threads=1, device='cuda')
+        assert there.x.device.type=='cuda'
+        batch = there.x[there.rows(ps[3:0:-1])]
+        assert batch.device.type=='cuda' and torch.equal(batch.cpu(), here.x[[3,2,1]])
+    assert ps[0] in here and 'elsewhere' not in here
+
+def test_training_images_alone_are_kept(monkeypatch):
+    "The batches are those of all images in memory, and of none"
+    def batches(dl): return [b[0].as_subclass(torch.Tensor) for b in dl]
+    whole = tiny_dls(batch_tfms=[])
+    n = len(whole.train_ds)
+    monkeypatch.setattr(block, '_place', lambda *a: (n, 'cpu'))
+    part = tiny_dls(batch_tfms=[])
+    assert part.train.fake_l.num_workers==0<part.valid.fake_l.num_workers and part.train._columns() is not None and part.valid._columns() is None
+    part.valid.fake_l.num_workers = 0  # quicker here
+    for a,b in zip((whole.train,whole.valid), (part.train,part.valid)):
+        assert all(torch.equal(x, y) for x,y in zip(batches(a), batches(b), strict=True))
