@@ -157,8 +157,13 @@ def _trained_on(file):
     return read_config(file.parent).data
 
 # %% ../nbs/21_cli.ipynb #51b6ce5f
+def _strengths(texts):
+    "['rotation=0.01,0.05'] → {'rotation': [.01,.05]}"
+    try: return {arm: [float(o) for o in vals.split(',')] for arm,vals in (t.split('=') for t in L(texts))}
+    except ValueError: raise ValueError(f'--strengths {" ".join(L(texts))}: write the arm, =, and numbers with commas between, such as rotation=0.002,0.01,0.05.') from None
+
 @command(pos=['data'])
-@delegates(RunConfig, but=['l2','amplitude','factor','val_pids','seed','curve'])
+@delegates(RunConfig, but=['l2','amplitude','factor','strength','val_pids','seed','curve'])
 def reid_compare(
     data:str='synthetic', # 'synthetic', the folder of a dataset, or a CSV file with columns path, pid, split and, if known, camid
     out:str=None, # Folder of the comparison, new or to go on with; default: one in runs/ named after data and backbone
@@ -168,7 +173,9 @@ def reid_compare(
     seed:int=42, # The first of the seeds
     factors:Annotated[float, {'nargs':'+'}, "λ of conventional L2 to choose from; a single one is taken as it is"]=(5e-4,2.5e-3,1.25e-2),
     amplitudes:Annotated[float, {'nargs':'+'}, "A of adaptive L2 to choose from; a single one is taken as it is"]=(1e-3,5e-3,2.5e-2),
+    strengths:Annotated[str, {'nargs':'+'}, "Strengths of other arms to choose from, such as rotation=0.002,0.01,0.05 decoupled=1.5"]=None,
     tune_pids:float=.1, # Share of the training identities held out to choose by
+    tune_distractors:float=0., # Share of the images of other training identities that join the held-out gallery as distractors
     table:str=None, # 'paper': instead of the above, run the paper's recipe for the rows of its table
     root:str=None, # Folder that holds the datasets of the table
     device:str=None, # Where to train, such as 'cpu' or 'cuda:1'; default: the GPU if there is one
@@ -185,7 +192,7 @@ def reid_compare(
     out = Path(ifnone(out, Path('runs')/f'compare-{Path(cfg.data).stem.lower()}-{"networks" if archs else Path(cfg.arch).name}'))
     if not archs: check_folder(out, 'comparison.json')
     with _quietly(quiet):
-        args = dict(arms=arms, seeds=seeds, factors=factors, amplitudes=amplitudes, tune_pids=tune_pids, device=device, workers=workers)
+        args = dict(arms=arms, seeds=seeds, factors=factors, amplitudes=amplitudes, tune_pids=tune_pids, device=device, workers=workers, strengths=_strengths(strengths), tune_distractors=tune_distractors)
         splits = load_splits(cfg.data)
         if archs: res = markdown_table(compare_archs(out, splits, [RunConfig(data, seed=seed, **dict(kwargs, arch=o)) for o in archs], **args))
         else:

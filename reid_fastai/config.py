@@ -9,12 +9,15 @@ __all__ = ['recipes', 'RIVALS', 'RunConfig', 'read_config']
 import math,os
 from pathlib import Path
 
+from fastai.optimizer import Lamb
 from fastcore.all import *
 
+from .callback.arrays import ArrayHistory
 from .callback.precision import check_precision
 from .callback.regularizer import AdaptiveL2,AnnealedL2,ConventionalL2
-from .distributed import by_leader
+from .callback.rivals import AWD,CPR,CautiousL2,DecoupledL2,L2SP
 from .callback.rotation import AutoL2,RotationControl
+from .distributed import by_leader
 from .files import read_json
 from .published import find_recipe
 from .regularizers import check_strength
@@ -51,10 +54,10 @@ class RunConfig:
         epochs:int=None, # Epochs of the whole network; default: the recipe's, 10 if quick
         steps:int=None, # Batches in an epoch; default: the recipe's, which if quick is as many as the training images fill
         lr:float=None, # Highest learning rate; default: the recipe's, 1e-3 if quick
-        l2:str=None, # Regulariser: 'adaptive', 'conventional', 'none', or another of `RIVALS`; default: adaptive, conventional if published
+        l2:str=None, # Regulariser: 'adaptive', 'conventional', 'none', 'rotation', 'auto' (rotation, and adaptive L2 for the rest), 'decoupled', 'cautious', 'cpr', 'l2sp', 'awd' or 'lamb'; default: adaptive, conventional if published
         amplitude:float=5e-3, # A of adaptive L2; each λ starts at A/2
         factor:float=None, # λ of conventional L2; default: 2.5e-3, half the published decay if published
-        strength:float=None, # Of the regularisers beside these two; default: 0.01 for 'rotation' and 'auto', for others see the documentation
+        strength:float=None, # The one number of the other regularisers, such as λ of 'rotation' and 'decoupled'; default: the callback's
         val_pids:float=0., # Share of the training identities to hold out, which then choose the epoch; default: the last epoch counts
         eval_every:int=None, # Epochs from one evaluation to the next; default: after the last alone, with `val_pids` after each
         flip:bool=True, # Average embeddings over image and mirror image
@@ -103,22 +106,28 @@ def _check(self:RunConfig):
     check_strength('amplitude', self.amplitude, '> 0')
     check_strength('factor', self.factor, '≥ 0')
     if self.strength is not None:
-        if self.l2 not in RIVALS: raise ValueError(f'strength={self.strength}: l2={self.l2!r} does not take it. Give `amplitude` for adaptive L2 and `factor` for conventional L2.')
+        if self.l2 not in RIVALS: raise ValueError(f'strength={self.strength}: l2={self.l2!r} does not take it. Give `amplitude` for adaptive L2, `factor` for conventional L2, `lr` for LAMB.')
         check_strength('strength', self.strength, '> 0')
-    arms = ['adaptive','conventional','none',*RIVALS]+['annealed']*(self.curve is not None)
+    arms = ['adaptive','conventional','none',*RIVALS,'lamb']+['annealed']*(self.curve is not None)
     if self.l2 not in arms: raise ValueError(f'l2={self.l2!r}: it must be one of {arms}.')
 
 # %% ../nbs/18a_config.ipynb #252a3362
 #: Regularisers whose one number is the option `strength`, each with what makes it
-RIVALS = dict(rotation=RotationControl, auto=AutoL2)
+RIVALS = dict(rotation=RotationControl, auto=AutoL2, decoupled=DecoupledL2, cautious=CautiousL2, cpr=CPR, l2sp=L2SP, awd=AWD)
 
 @patch
 def regularizer(self:RunConfig
     ) -> list: # The callback that `l2` names; empty for 'none'
     "The regulariser that is asked for"
     make = dict(adaptive=lambda: AdaptiveL2(self.amplitude), conventional=lambda: ConventionalL2(self.factor), annealed=lambda: AnnealedL2(self.curve))
+    if self.l2=='lamb': return [ArrayHistory()]
     if self.l2 in RIVALS: return [RIVALS[self.l2](*L(self.strength))]
     return [make[self.l2]()] if self.l2 in make else []
+
+@patch(as_prop=True)
+def optimizer(self:RunConfig) -> dict: # `opt_func` for `reid_learner`; empty for its default
+    "The optimizer, where the regulariser is one"
+    return dict(opt_func=partial(Lamb, mom=.9, sqr_mom=.999, eps=1e-7)) if self.l2=='lamb' else {}
 
 @patch(as_prop=True)
 def weights(self:RunConfig) -> bool|str: # What `build_reid_net` takes as `pretrained`

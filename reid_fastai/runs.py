@@ -56,7 +56,8 @@ def load_splits(
 def hold_out(
     splits:ReIDSplits, # Its training part is divided; query and gallery are left out
     share:float, # Of the training identities, to search among; in (0, 1)
-    seed:int=42 # Which identities, and which image of each camera is the query
+    seed:int=42, # Which identities, and which image of each camera is the query
+    distractors:float=0. # Share of the images of the other identities that join the gallery as distractors instead of training; in [0, 1)
 ) -> ReIDSplits: # With fewer identities to train on, and others for query and gallery
     "Hold out training identities, to choose by without a look at the test set"
     df = splits.train[lambda o: o.pid>DISTRACTOR_PID]
@@ -69,6 +70,11 @@ def hold_out(
     shuffled = df[held].assign(camid=df.camid.clip(lower=-1)).iloc[rng.permutation(held.sum())]  # without cameras: one query of each identity
     queries = shuffled[shuffled.duplicated(['pid','camid'])].drop_duplicates(['pid','camid']).index  # a camera's only image stays in the gallery
     split = np.where(df.index.isin(queries), 'query', np.where(held, 'gallery', 'train'))
+    if distractors:
+        rest = df[~held].iloc[rng.permutation((~held).sum())]
+        nth,size = rest.groupby('pid').cumcount(),rest.groupby('pid').pid.transform('size')
+        aside = df.index.isin(rest.index[nth<np.minimum(np.round(distractors*size), size-1)])  # each identity keeps an image at least
+        df,split = df.assign(pid=df.pid.where(~aside, DISTRACTOR_PID)),np.where(aside, 'gallery', split)
     df = df.assign(split=split) if splits.has_cameras else df.assign(split=split).drop(columns='camid')
     res = ReIDSplits(df, f'{splits.name}, {n} of {len(n_cams)} training identities held out', splits.root)
     res.pid_names = splits.pid_names
@@ -161,7 +167,7 @@ def make_learner(
                                       num_workers=workers, device=check_device(device), batch_tfms=published_augs(recipe) if recipe else None)
     if cfg.compile: net.compile()
     opts = dict(loss_func=published_loss(recipe), opt_func=published_opt(recipe)) if recipe else {}
-    return reid_learner(dls, net, cbs=cfg.regularizer()+([] if precision=='fp32' else [ReIDPrecision(precision)]), eval_every=cfg.eval_every, flip=cfg.flip, **opts)
+    return reid_learner(dls, net, cbs=cfg.regularizer()+([] if precision=='fp32' else [ReIDPrecision(precision)]), eval_every=cfg.eval_every, flip=cfg.flip, **{**opts, **cfg.optimizer})
 
 # %% ../nbs/19_runs.ipynb #c0ffee03
 def _cell(v): return '' if isinstance(v, float) and v!=v else f'{v:.6g}' if isinstance(v, float) else str(v)
