@@ -172,3 +172,12 @@ def test_config_makes_the_learner():
     for how in [None,'fp32',*halves]:
         learn = make_learner(splits, RunConfig(splits.root, arch='resnet10t', pretrained='none', size='64x32', n_pids=4, steps=1, precision=how), device='cpu')
         assert training_precision(learn)==(f'{how} mixed precision' if how in halves else 'fp32')
+
+def test_runs_of_earlier_versions_go_on(tmp_path):
+    "Their config.json knows neither precision nor compilation"
+    import json
+    from reid_fastai.runs import _check_same, _versions
+    wanted = dict(vars(RunConfig()), versions=_versions())
+    (tmp_path/'config.json').write_text(json.dumps({k: v for k,v in wanted.items() if k not in ('precision','compile')}))
+    _check_same(tmp_path, wanted)
+    with pytest.raises(ValueError, match="precision=None, and is now to go on with 'bf16'"): _check_same(tmp_path, dict(wanted, precision='bf16'))
