@@ -183,13 +183,15 @@ def main(a):
     for go in gos.values(): go()  # warm up
     ts = [[timed(go) for go in gos.values()] for _ in range(a.rounds)]
     cols = dict(zip(gos, zip(*ts)))
-    for k,t in cols.items():
-        mem = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--only', k, '--data', str(a.data), '--steps', '2'], capture_output=True, text=True)
-        print(f'  {k}: {a.steps*a.bs/statistics.median(t):.1f} images/s, peak memory {float(mem.stdout.split()[-1]):.2f} GB' if mem.returncode==0 else f'  {k}: {a.steps*a.bs/statistics.median(t):.1f} images/s')
+    for k,t in cols.items(): print(f'  {k}: {a.steps*a.bs/statistics.median(t):.1f} images/s', flush=True)
     def ratio(k, of): return statistics.median(o/t for o,t in zip(cols[of], cols[k]))
-    print(f'  fit is {ratio("fit", "bare loop"):.3f} × the bare loop (goal 0.97)')
+    print(f'  fit is {ratio("fit", "bare loop"):.3f} × the bare loop (goal 0.97)', flush=True)
     for peer in 'torchreid','fast-reid':
         if peer in cols: print(f'  from files, {a.epochs} epochs of {a.steps} steps: {ratio("from files", peer):.2f} × {peer} (goal 1.5)')
+    for k in cols:
+        res = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--only', k, '--data', str(a.data), '--steps', '2'], capture_output=True, text=True)
+        print(f'  peak memory of {k}: '+(f'{float(res.stdout.split()[-1]):.2f} GB' if res.returncode==0 else 'not known'), flush=True)
+
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
