@@ -15,6 +15,7 @@ from fastcore.all import *
 from .arrays import ArrayHistory
 from .regularizer import *
 from ..core import unwrap
+from ..distributed import by_leader
 from ..regularizers import *
 from ..rotation import *
 
@@ -74,7 +75,7 @@ def before_fit(self:RotationControl):
 @patch
 def before_batch(self:RotationControl):
     if self.names is not None: return
-    self._spare(self._find())
+    self._spare(by_leader(self._find)())  # parts of a batch could lead processes to different arrays
 
 # %% ../../nbs/12a_callback.rotation.ipynb #f32ea035
 @patch
