@@ -15,7 +15,6 @@ from types import MethodType
 import torch
 import torch.distributed as dist
 from fastcore.all import *
-from timm.layers import BatchNormAct2d
 from torch import Tensor,nn
 
 from .core import brief,ranks
@@ -254,13 +253,14 @@ def _forward(m, x):
     "`forward` of a norm among other processes"
     if not m.training or ranks.n==1: return type(m).forward(m, x)
     x = _synced_norm(m, x)
-    return m.act(m.drop(x)) if isinstance(m, BatchNormAct2d) else x
+    return m.act(m.drop(x)) if hasattr(m, 'act') else x  # timm's has an activation
 
 @contextmanager
 def synced_norms(
     model:nn.Module # Its norms use the statistics of all processes in training
 ):
     "Within it batch statistics are those of all processes"
+    from timm.layers import BatchNormAct2d  # takes as long to import as torch
     plain = (nn.BatchNorm1d.forward, BatchNormAct2d.forward)  # PyTorch's norms have one `forward` in common
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and type(m).forward in plain]
     for m in norms: m.forward = MethodType(_forward, m)
