@@ -1,12 +1,14 @@
 "The commands as a user runs them: what they write, what they refuse, and that they repeat themselves"
-import json, runpy, subprocess, sys, time
+import json, re, runpy, shlex, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd, pytest
 
+from reid_fastai import cli
 from reid_fastai.cli import *
 from reid_fastai.data.synthetic import make_synthetic
+from reid_fastai.shell import _parse
 
 tiny_args = dict(arch='resnet10t', pretrained='none', size='64x32', n_pids=4, epochs=2, steps=2)
 
@@ -174,3 +176,21 @@ def test_eval_on_other_data_with_kept_features(run, tmp_path, shell):
     assert shell('reid-eval', run).out!=again.out
     shutil.rmtree(other)
     assert shell('reid-eval', *args).returncode==2
+
+def _documented():
+    "Commands of the README, the pages and the notebooks, with the names of their options"
+    here = Path(__file__).parents[1]
+    texts = {p: p.read_text(encoding='utf-8') for p in [here/'README.md', *here.glob('nbs/*.md')]}
+    for p in here.glob('nbs/**/*.ipynb'): texts[p] = '\n\n'.join(''.join(c['source']) for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='markdown')
+    for p,text in texts.items():
+        lines = [l for block in re.findall(r'^```(?:sh|bash)\n(.*?)^```', text, re.S|re.M) for l in block.replace('\\\n', ' ').splitlines()] + re.findall(r'`(reid-\w+ [^`\n]+)`', text)
+        for l in lines:
+            if (m := re.search(r'\b(reid-(?:train|eval|compare|synth)) ([^|]*)', l)) and not re.search('[…{]', l) and not re.fullmatch('--[a-z-]+', m[2]): yield pytest.param(m[1], m[2], id=f'{p.name}: {m[0][:60]}')
+
+@pytest.mark.parametrize('cmd,args', _documented())
+def test_documented_commands_are_understood(cmd, args):
+    "… by the parser; what they name need not exist"
+    func = getattr(cli, cmd.replace('-', '_'))
+    pos = dict(reid_train=['data'], reid_eval=['run','data'], reid_compare=['data'], reid_synth=['path'])[func.__name__]
+    try: _parse(func.__wrapped__, cmd, pos, shlex.split(args, comments=True))
+    except SystemExit as e: assert e.code in (0, None)  # --help and --version

@@ -175,3 +175,7 @@ def test_every_page(browser, site, width, dark):
         assert browser.js('document.documentElement.scrollWidth<=innerWidth'), page
         shade = sum(map(int, re.findall(r'\d+', browser.js('getComputedStyle(document.body).backgroundColor'))[:3]))/3
         assert (shade<64 if dark else shade>192), page
+
+def test_no_object_is_shown_by_its_address(site):
+    for p in site.rglob('*.html'):
+        if '_modules' not in p.parts: assert not (found := re.findall(r'functools\.partial|<[\w.]+ object at 0x[0-9a-f]+|&lt;function [^<]{0,60}0x[0-9a-f]+', p.read_text(encoding='utf-8'))), (p.name, found[:3])
