@@ -96,8 +96,10 @@ class Comparison:
         if odd := set(strengths := ifnone(strengths, {}))-set(arms): raise ValueError(f'strengths: {sorted(odd)} are not among the arms, {list(arms)}.')
         grids = {a: [float(o) for o in v] for a,v in {**GRIDS, 'conventional':factors, 'adaptive':amplitudes, **strengths}.items() if a in arms}
         _check_grids(arms, grids, seeds)
-        for arm,vals in grids.items():
-            for v in vals: cfg.but(l2=arm, **{_strength[arm]: v})  # refuses what no run could have
+        for arm,vals in {'conventional':factors, 'adaptive':amplitudes, **grids}.items():
+            for v in vals: cfg.but(l2=arm, **{_strength[arm]: float(v)})  # refuses what no run could have
+        for k,v,hi in (('tune_pids', tune_pids, 'below 1'), ('tune_distractors', tune_distractors, 'at most 1')):
+            if not 0<=v<=1 or (v==1 and hi=='below 1'): raise ValueError(f'{k}={v}: a share is needed, at least 0 and {hi}.')
         store_attr('splits,cfg,arms,seeds,grids,tune_pids,tune_distractors,device,workers')
         self.out,self.rows = Path(out),[]
         self.held = hold_out(splits, tune_pids, cfg.seed, tune_distractors) if self._tunes else None
@@ -124,6 +126,7 @@ def _train(self:Comparison, stage, splits, arm, seed, strength=None, **options):
     cfg = self.cfg.but(l2=arm, seed=seed, **({_strength[arm]:strength} if strength else {}), **options)
     new = told(not (self.out/name/'results.json').exists())
     res = train_run(self.out/name, splits, cfg, self.device, self.workers)
+    summary_of(self.out/name, res)
     flat = {k:v for k,v in res.items() if k!='reranked'} | {f'{k} re-ranked': v for k,v in res.get('reranked', {}).items() if k=='mAP' or k.startswith('Rank')}
     versions = by_leader(read_json)(self.out/name/'config.json')['versions']
     self.rows.append(dict(stage=stage, arm=arm, strength=strength, seed=seed, dataset=splits.name, ms_per_step=round(1e3*cfg.n_pids*cfg.n_imgs/res['images_per_second'], 1), **flat, **versions, folder=name))

@@ -295,7 +295,7 @@ def _write(out, learn, splits, cfg, results, res):
     "Write what is left to write"
     save_model(learn.model, out/'model.safetensors', cfg['size'], dataset=splits.name)
     save_ranked(results, *search_rows(splits), out/'ranked.png')
-    if cb := find_l2(learn): save_figure(learn.plot_angle_hist().figure, out/'angle_hist.png')
+    if (cb := find_l2(learn)) and (cb.history.angle>0).any(): save_figure(learn.plot_angle_hist().figure, out/'angle_hist.png')
     if isinstance(cb, L2Callback):
         lam = cb.history[lambda o: o.epoch==o.epoch.max()].lam
         res.update(lambda_min=float(lam.min()), lambda_mean=float(lam.mean()), lambda_max=float(lam.max()), arrays=len(lam))
@@ -317,6 +317,7 @@ def read_results(
     out = Path(out)
     if not (out/'results.json').exists(): return
     res = read_json(out/'results.json')
+    if lost := {'mAP','Rank-1','queries','seconds_per_epoch'}-set(res): raise ValueError(f'{out/"results.json"} is damaged: it has no {sorted(lost)[0]!r}. Restore it from a copy, or train again in another folder.')
     for o,digest in res.pop('files', {}).items():
         if not (out/o).exists(): raise ValueError(f'{out/o} is missing, though the run is complete. Restore it from a copy, or train again in another folder.')
         if checksum(read_bytes(out/o))!=digest: raise ValueError(f'{out/o} is damaged: it does not match its checksum in results.json. Restore it from a copy, or train again in another folder.')

@@ -24,7 +24,7 @@ def one_line(
     limit:int=300 # Characters
 ) -> str:
     "`msg` in one line that can be read at a glance"
-    s = re.sub(r'\S{101,}', lambda m: f'{m[0][:60]}…{m[0][-30:]}', ' '.join(str(msg).split()))
+    s = re.sub(r'\S{121,}', lambda m: f'{m[0][:40]}…{m[0][-79:]}', ' '.join(str(msg).split()))
     return s if len(s)<=limit else s[:limit-1]+'…'
 
 # %% ../nbs/20a_shell.ipynb #0c766332
@@ -57,9 +57,16 @@ def _sigterm():
     "Let SIGTERM end the command as Ctrl-C does, so that nothing half-made stays"
     if threading.current_thread() is not threading.main_thread(): return (yield)  # only the main thread gets signals
     def stop(*_): raise Terminated()
-    old = signal.signal(signal.SIGTERM, stop)
+    def again(e):
+        "A signal that arrives while an object is deleted would be reported and forgotten"
+        if not isinstance(e.exc_value, KeyboardInterrupt): return hook(e)
+        threading.Timer(.05, os.kill, [os.getpid(), signal.SIGTERM if isinstance(e.exc_value, Terminated) else signal.SIGINT]).start()
+    old,hook = signal.signal(signal.SIGTERM, stop),sys.unraisablehook
+    sys.unraisablehook = again
     try: yield
-    finally: signal.signal(signal.SIGTERM, old)
+    finally:
+        signal.signal(signal.SIGTERM, old)
+        sys.unraisablehook = hook
 
 # %% ../nbs/20a_shell.ipynb #f26ed34e
 def _end_if_stuck(

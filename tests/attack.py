@@ -106,7 +106,18 @@ def one_line(res, names=()):
 
 LOCKS = '.lock','.held_by.json'  # who writes to a folder; left behind by a kill, and of no meaning then
 
-_of_time = re.compile('second|sha256')  # keys of what differs between two runs with the same figures
+def untimed(text):
+    "Lines without durations: columns of tables, and what is said of the training"
+    lines,odd = re.sub(r'[\d.]+ s an epoch, \d+ images a second', '', text).splitlines(),()
+    def f(l, below):
+        nonlocal odd
+        if not l.startswith('|'): return l
+        cells = l.split('|')
+        if below.startswith('| ---') or below.startswith('|---'): odd = {i for i,c in enumerate(cells) if _of_time.search(c)}
+        return '|'.join(c for i,c in enumerate(cells) if i not in odd)
+    return [f(l, below) for l,below in zip(lines, [*lines[1:], '']) if l.startswith('|') or not _of_time.search(l)]
+
+_of_time = re.compile('second|sha256|ms_per_step|ms a step')  # keys of what differs between two runs with the same figures
 
 def figures(d):
     "File -> what has to be the same in every digit: all but durations, checksums and the pixels of pictures"
@@ -115,7 +126,7 @@ def figures(d):
         data = o.read_bytes()
         try:
             if o.suffix=='.json': return drop(json.loads(data))
-            if o.suffix=='.md': return [l for l in data.decode().splitlines() if not re.search(r'second|sha256', l)]
+            if o.suffix=='.md': return untimed(data.decode())
             if o.suffix=='.csv':
                 head,*rows = csv.reader(l for l in data.decode().splitlines() if not l.startswith('#'))
                 return [[v for k,v in zip(head, row, strict=True) if not _of_time.search(k)] for row in [head, *rows]]
@@ -201,7 +212,7 @@ class World:
         made = d/self.argv(name, d)[3].name
         self.go(name, d, events=made, nth=saved[1]+1, own=signal.SIGKILL)
         made.rename(self.dir/cut)
-    def plain(self, text, d): return re.sub(r'\S*\r', '', text).replace(str(d), '@').replace(str(self.dir), '@')
+    def plain(self, text, d): return '\n'.join(untimed(re.sub(r'\S*\r', '', text))).replace(str(d), '@').replace(str(self.dir), '@')
 
 class Attack:
     "One attack: its own random numbers and its own folder"
