@@ -392,6 +392,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'reid_fastai.core.ReIDSplits.train': ('core.html#reidsplits.train', 'reid_fastai/core.py'),
                                   'reid_fastai.core._check_digits': ('core.html#_check_digits', 'reid_fastai/core.py'),
                                   'reid_fastai.core._check_files': ('core.html#_check_files', 'reid_fastai/core.py'),
+                                  'reid_fastai.core._check_leakage': ('core.html#_check_leakage', 'reid_fastai/core.py'),
                                   'reid_fastai.core._check_splits': ('core.html#_check_splits', 'reid_fastai/core.py'),
                                   'reid_fastai.core._few': ('core.html#_few', 'reid_fastai/core.py'),
                                   'reid_fastai.core._inner': ('core.html#_inner', 'reid_fastai/core.py'),

@@ -13,7 +13,12 @@ from typing import Annotated
 
 if int(os.environ.get('WORLD_SIZE', 1))>1: os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # before torch is imported: else a lost process is reported in many lines of C++
 _in_shell = Path(sys.argv[0]).stem.startswith('reid-') and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-if _in_shell: signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C during the imports needs no traceback
+if _in_shell:
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C during the imports needs no traceback
+    try: os.getcwd()
+    except OSError:  # MKL would not load
+        print(f'{Path(sys.argv[0]).stem}: error: The working folder no longer exists. Change to another one, and give the command again.', file=sys.stderr)
+        sys.exit(2)
 warnings.filterwarnings('ignore', '.*torch.jit.script', FutureWarning)  # fastai calls it on import; nobody at a shell can act on that
 import pandas as pd
 import torch

@@ -169,11 +169,21 @@ def count_matches(
     return np.where(query.pid.isin([JUNK_PID, DISTRACTOR_PID]), 0, n)
 
 # %% ../nbs/00_core.ipynb #df59917b
+def _check_leakage(splits, name):
+    "Refuse images to train on among those of the test"
+    files,train = number_files(splits.df.path, splits.root),(splits.df.split=='train').to_numpy()
+    if (both := ~train & np.isin(files, files[train])).any():
+        path = splits.df.path[both].min()
+        other = splits.df.path[train & (files==files[(splits.df.path==path).argmax()])].iloc[0]
+        also = f' (in `train` as {brief(other, 50)})' if other!=path else ''
+        raise ValueError(f'{name}: {len(set(files[both]))} images are in `train` and in a test split, such as {brief(path, 60)}{also}. Leave them in one.')
+
 def check_search(
     splits:ReIDSplits # To search in
 ):
     "Refuse what could not be evaluated"
     name = brief(splits.name)
+    _check_leakage(splits, name)
     for o in ('query','gallery'):
         if not (splits._part(o).pid!=JUNK_PID).any(): raise ValueError(f'{name}: no images for `{o}`; all three splits are needed.')
     q,g = (o[o.pid!=JUNK_PID] for o in (splits.query, splits.gallery))
@@ -193,12 +203,6 @@ def check_protocol(
     if not (splits.train.pid!=JUNK_PID).any(): raise ValueError(f'{name}: no images for `train`; all three splits are needed.')
     q = splits.query[lambda o: o.pid!=JUNK_PID]
     if (bad := q.pid[q.pid<=0]).size: raise ValueError(f'{name}: the query holds identity {bad.iloc[0]}, but 0 means distractor. Number people from 1.')
-    files,train = number_files(splits.df.path, splits.root),(splits.df.split=='train').to_numpy()
-    if (both := ~train & np.isin(files, files[train])).any():
-        path = splits.df.path[both].min()
-        other = splits.df.path[train & (files==files[(splits.df.path==path).argmax()])].iloc[0]
-        also = f' (in `train` as {brief(other, 50)})' if other!=path else ''
-        raise ValueError(f'{name}: {len(set(files[both]))} images are in `train` and in a test split, such as {brief(path, 60)}{also}. Leave them in one.')
     check_search(splits)
 
 # %% ../nbs/00_core.ipynb #5590dd92
