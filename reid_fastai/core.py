@@ -27,7 +27,7 @@ from numbers import Integral
 
 def brief(
     o, # Anything; its text is quoted
-    n:int=120 # Characters at most; most paths have fewer
+    n:int=80 # Characters at most
 ) -> str: # One line; of a long text the middle is left out
     "Shorten a quotation"
     s = ' '.join(''.join(c if c.isprintable() else ' ' for c in str(o)).split())

@@ -44,7 +44,7 @@ def _writing(path, n=0):
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(first(o for o in Path(path).absolute().parents if o.exists())).free
             why += (f'; {_size(n)} are needed' if n else '')+f'; {_size(free)} are free'
-        raise WriteError(f'{brief(path)} cannot be written: {why}.') from e
+        raise WriteError(f'{brief(path, 120)} cannot be written: {why}.') from e
 
 # %% ../nbs/00a_files.ipynb #bf036a4a
 @contextmanager
@@ -103,7 +103,7 @@ def check_writable(
     try:
         with suppress(FileNotFoundError): path.lstat()  # refuses names that no file can have
         with tempfile.TemporaryFile(dir=first(o for o in ([path] if folder else [])+[*path.parents] if os.path.exists(o))): pass
-    except OSError as e: raise ValueError(f'{brief(path)} cannot be written: {e.strerror}. Name another place.') from e
+    except OSError as e: raise ValueError(f'{brief(path, 120)} cannot be written: {e.strerror}. Name another place.') from e
 
 # %% ../nbs/00a_files.ipynb #220bc84c
 @by_leader
