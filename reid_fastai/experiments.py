@@ -98,8 +98,8 @@ class Comparison:
         _check_grids(arms, grids, seeds)
         for arm,vals in {'conventional':factors, 'adaptive':amplitudes, **grids}.items():
             for v in vals: cfg.but(l2=arm, **{_strength[arm]: float(v)})  # refuses what no run could have
-        for k,v,hi in (('tune_pids', tune_pids, 'below 1'), ('tune_distractors', tune_distractors, 'at most 1')):
-            if not 0<=v<=1 or (v==1 and hi=='below 1'): raise ValueError(f'{k}={v}: a share is needed, at least 0 and {hi}.')
+        for k,v,hi,what in (('tune_pids', tune_pids, 'below 1', 'identities'), ('tune_distractors', tune_distractors, 'at most 1', 'images')):
+            if not 0<=v<=1 or (v==1 and hi=='below 1'): raise ValueError(f'{k}={v}: a share of the {what} is needed, at least 0 and {hi}.')
         store_attr('splits,cfg,arms,seeds,grids,tune_pids,tune_distractors,device,workers')
         self.out,self.rows = Path(out),[]
         self.held = hold_out(splits, tune_pids, cfg.seed, tune_distractors) if self._tunes else None

@@ -57,16 +57,9 @@ def _sigterm():
     "Let SIGTERM end the command as Ctrl-C does, so that nothing half-made stays"
     if threading.current_thread() is not threading.main_thread(): return (yield)  # only the main thread gets signals
     def stop(*_): raise Terminated()
-    def again(e):
-        "A signal that arrives while an object is deleted would be reported and forgotten"
-        if not isinstance(e.exc_value, KeyboardInterrupt): return hook(e)
-        threading.Timer(.05, os.kill, [os.getpid(), signal.SIGTERM if isinstance(e.exc_value, Terminated) else signal.SIGINT]).start()
-    old,hook = signal.signal(signal.SIGTERM, stop),sys.unraisablehook
-    sys.unraisablehook = again
+    old = signal.signal(signal.SIGTERM, stop)
     try: yield
-    finally:
-        signal.signal(signal.SIGTERM, old)
-        sys.unraisablehook = hook
+    finally: signal.signal(signal.SIGTERM, old)
 
 # %% ../nbs/20a_shell.ipynb #f26ed34e
 def _end_if_stuck(
