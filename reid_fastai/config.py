@@ -17,6 +17,7 @@ from .callback.precision import check_precision
 from .callback.regularizer import AdaptiveL2,AnnealedL2,ConventionalL2
 from .callback.rivals import AWD,CPR,CautiousL2,DecoupledL2,L2SP
 from .callback.rotation import AutoL2,RotationControl
+from .core import check_share
 from .distributed import by_leader
 from .files import read_json
 from .published import find_recipe
@@ -99,7 +100,7 @@ def _check(self:RunConfig):
             why = f', as an image of {self.size[0]} px has at most so many strips' if k=='regions' else ''
             raise ValueError(f'{k}={v}: a whole number from {lo} to {hi:,} is needed{why}.')
     if not (isinstance(self.lr, (int,float)) and 0<self.lr<math.inf): raise ValueError(f'lr={self.lr}: a positive, finite number is needed.')
-    if not (isinstance(self.val_pids, (int,float)) and 0<=self.val_pids<1): raise ValueError(f'val_pids={self.val_pids}: a share of the identities is needed, at least 0 and below 1.')
+    check_share('val_pids', self.val_pids)
     if self.recipe!='paper' and self.frozen_epochs: raise ValueError(f'frozen_epochs={self.frozen_epochs}: only recipe=paper has a frozen phase to choose.')
     check_precision(self.precision)
     if not isinstance(self.compile, bool): raise ValueError(f'compile={self.compile!r}: it must be True or False.')

@@ -7,7 +7,7 @@ __all__ = ['LostProcess', 'talking', 'local_rank', 'together', 'told', 'by_leade
            'join_parts', 'gather', 'mean_gradients', 'same_tensors', 'draw_part', 'synced_norms']
 
 # %% ../nbs/00a_distributed.ipynb #3e744d2c
-import os,re,warnings
+import os,re
 from contextlib import contextmanager
 from functools import wraps
 from types import MethodType

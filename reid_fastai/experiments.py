@@ -21,7 +21,7 @@ from scipy import stats
 
 from .callback.history import plot_lambda_hist
 from .config import *
-from .core import ReIDSplits
+from .core import ReIDSplits,check_share
 from .distributed import *
 from .files import *
 from .runs import *
@@ -94,12 +94,13 @@ class Comparison:
         tune_distractors:float=0. # Share of the images of other training identities that join the held-out gallery as distractors
     ):
         if odd := set(strengths := ifnone(strengths, {}))-set(arms): raise ValueError(f'strengths: {sorted(odd)} are not among the arms, {list(arms)}.')
-        grids = {a: [float(o) for o in v] for a,v in {**GRIDS, 'conventional':factors, 'adaptive':amplitudes, **strengths}.items() if a in arms}
+        given = {a: [float(o) for o in v] for a,v in {**GRIDS, 'conventional':factors, 'adaptive':amplitudes, **strengths}.items()}
+        grids = {a: v for a,v in given.items() if a in arms}
         _check_grids(arms, grids, seeds)
-        for arm,vals in {'conventional':factors, 'adaptive':amplitudes, **grids}.items():
-            for v in vals: cfg.but(l2=arm, **{_strength[arm]: float(v)})  # refuses what no run could have
-        for k,v,hi,what in (('tune_pids', tune_pids, 'below 1', 'identities'), ('tune_distractors', tune_distractors, 'at most 1', 'images')):
-            if not 0<=v<=1 or (v==1 and hi=='below 1'): raise ValueError(f'{k}={v}: a share of the {what} is needed, at least 0 and {hi}.')
+        for arm,vals in given.items():
+            for v in vals: cfg.but(l2=arm, **{_strength[arm]: v})  # refuses what no run could have
+        check_share('tune_pids', tune_pids)
+        check_share('tune_distractors', tune_distractors, 'images', whole=True)
         store_attr('splits,cfg,arms,seeds,grids,tune_pids,tune_distractors,device,workers')
         self.out,self.rows = Path(out),[]
         self.held = hold_out(splits, tune_pids, cfg.seed, tune_distractors) if self._tunes else None

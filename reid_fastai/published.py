@@ -6,12 +6,11 @@
 __all__ = ['find_recipe', 'published_loss', 'published_opt', 'published_augs', 'published_lr', 'ErasingFrom']
 
 # %% ../nbs/15a_published.ipynb #1c910aff
-from contextlib import contextmanager
 from math import cos,pi
 
 from fastai.callback.core import Callback
 from fastai.callback.training import BnFreeze
-from fastai.learner import Learner,replacing_yield
+from fastai.learner import Learner
 from fastcore.all import *
 
 from .core import PlainErrors
@@ -19,7 +18,7 @@ from .data.augment import EraseEach,reid_augs
 from .losses import *
 from .models.net import PublishedRecipe,methods
 from .optimizer import FusedAdam
-from .schedules import EpochSchedule
+from .schedules import EpochSchedule,fit_frozen
 
 # %% ../nbs/15a_published.ipynb #54a7bd67
 def find_recipe(
@@ -90,9 +89,5 @@ def fit_published(self:Learner,
     epochs = ifnone(epochs, recipe.epochs)
     frozen,erasing = (round(o*epochs/recipe.epochs) for o in (recipe.frozen_epochs, recipe.erasing_from))
     cbs = L(EpochSchedule(partial(published_lr, recipe, epochs=epochs, lr=lr))) + L(ErasingFrom(erasing) if erasing else None) + L(cbs)
-    with contextmanager(replacing_yield)(self, 'train_bn', False): self.create_opt()
-    if start_epoch<frozen:
-        self.freeze()
-        self.fit(frozen, cbs=cbs+L(BnFreeze()), start_epoch=start_epoch)
-    self.opt.unfreeze()
+    fit_frozen(self, frozen, cbs+L(BnFreeze()), start_epoch)
     self.fit(epochs, cbs=cbs, start_epoch=max(frozen, start_epoch))

@@ -6,7 +6,6 @@
 __all__ = ['KEEPS', 'turned_angles', 'turn_arrays', 'scale_invariant']
 
 # %% ../nbs/01a_rotation.ipynb #8409beeb
-import math
 from contextlib import contextmanager
 
 import torch

@@ -157,14 +157,15 @@ def make_learner(
 ) -> ReIDLearner:
     "The learner that `cfg` describes"
     batch_part(cfg.n_pids, cfg.n_imgs, ranks.rank, ranks.n)
-    precision = check_precision(cfg.precision, ifnone(check_device(device), default_device()))
+    device = check_device(device)
+    precision = check_precision(cfg.precision, ifnone(device, default_device()))
     if cfg.compile: check_compiler()
     parts = hold_out(splits, cfg.val_pids, cfg.seed) if cfg.val_pids else splits
     set_seed(cfg.seed)
     net = build_net(cfg, parts.train.pid[lambda o: o!=JUNK_PID].nunique())
     recipe = find_recipe(cfg.arch) if cfg.recipe=='published' else None
     dls = ReIDDataLoaders.from_splits(parts, cfg.size, n_pids=cfg.n_pids, n_imgs=cfg.n_imgs, steps=cfg.steps, seed=cfg.seed, path=out,
-                                      num_workers=workers, device=check_device(device), batch_tfms=published_augs(recipe) if recipe else None)
+                                      num_workers=workers, device=device, batch_tfms=published_augs(recipe) if recipe else None)
     if cfg.compile: net.compile()
     opts = dict(loss_func=published_loss(recipe), opt_func=published_opt(recipe)) if recipe else {}
     return reid_learner(dls, net, cbs=cfg.regularizer()+([] if precision=='fp32' else [ReIDPrecision(precision)]), eval_every=cfg.eval_every, flip=cfg.flip, **{**opts, **cfg.optimizer})

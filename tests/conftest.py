@@ -1,5 +1,25 @@
 "Several workers share the cores: each computes with one thread"
 import os
 
+import pytest
+
 if 'PYTEST_XDIST_WORKER' in os.environ:
     for o in ('OMP_NUM_THREADS','MKL_NUM_THREADS','OPENBLAS_NUM_THREADS'): os.environ.setdefault(o, '1')
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    "Trains a run, and interrupts it after some epochs"
+    from fastai.basics import Callback
+    from reid_fastai import runs
+    def f(out, splits, cfg, epochs, real=runs.fit_run):
+        class Stop(Callback):
+            order = 90
+            def before_train(self):
+                if self.epoch==epochs: raise KeyboardInterrupt
+        def cut(learn, cfg, start):
+            learn.add_cb(Stop())
+            real(learn, cfg, start)
+        with monkeypatch.context() as m:
+            m.setattr(runs, 'fit_run', cut)
+            with pytest.raises(KeyboardInterrupt): runs.train_run(out, splits, cfg)
+    return f

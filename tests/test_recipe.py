@@ -125,20 +125,11 @@ def test_published_recipe_is_the_default_of_its_network(arch, opts):
     if not given: assert cfg.n_pids*cfg.n_imgs==r.batch
     with pytest.raises(ValueError, match='no published recipe'): RunConfig(recipe='published', arch='resnet18')
 
-def test_a_published_run_goes_on_to_the_same_digits(tmp_path):
+def test_a_published_run_goes_on_to_the_same_digits(tmp_path, interrupted):
     "AMSGrad's largest moments and the schedule are those of a run without interruption"
     splits = read_dataset(make_synthetic(tiny=True))
     cfg = RunConfig(splits.root, 'published', arch='osnet_x0_25', pretrained='none', size='64x32', n_pids=4, n_imgs=2, epochs=3, steps=2, l2='adaptive')
     train_run(tmp_path/'whole', splits, cfg)
-    def stop(learn, cfg, start):
-        class Stop(Callback):
-            order = 70
-            def after_epoch(self):
-                if self.epoch==1: raise KeyboardInterrupt
-        learn.add_cb(Stop())
-        fit_run(learn, cfg, start)
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(runs, 'fit_run', stop)
-        with pytest.raises(KeyboardInterrupt): train_run(tmp_path/'cut', splits, cfg)
+    interrupted(tmp_path/'cut', splits, cfg, 2)
     train_run(tmp_path/'cut', splits, cfg)
     for f in ('lambdas.csv','model.safetensors'): assert (tmp_path/'whole'/f).read_bytes()==(tmp_path/'cut'/f).read_bytes()

@@ -222,7 +222,7 @@ def test_pickled_together():
     auto = first(again, lambda cb: isinstance(cb, AutoL2))
     assert auto.rotation is first(again, lambda cb: isinstance(cb, RotationControl))
 
-def test_resume_to_the_last_digit(tmp_path):
+def test_resume_to_the_last_digit(tmp_path, interrupted):
     "A run of two epochs that was interrupted after the first"
     from reid_fastai.config import RunConfig
     from reid_fastai.data.datasets import read_dataset
@@ -231,18 +231,6 @@ def test_resume_to_the_last_digit(tmp_path):
     splits = read_dataset(make_synthetic(tiny=True))
     cfg = RunConfig(str(splits.root), arch='resnet10t', pretrained='none', size='64x32', n_pids=4, steps=2, epochs=2, lr=1e-2, l2='auto')
     train_run(tmp_path/'whole', splits, cfg)
-    import reid_fastai.runs as runs
-    real = runs.fit_run
-    def cut(learn, cfg, start):
-        class Stop(Callback):
-            order = 90
-            def before_train(self):
-                if self.epoch==1: raise KeyboardInterrupt
-        learn.add_cb(Stop())
-        real(learn, cfg, start)
-    runs.fit_run = cut
-    try:
-        with pytest.raises(KeyboardInterrupt): train_run(tmp_path/'cut', splits, cfg)
-    finally: runs.fit_run = real
+    interrupted(tmp_path/'cut', splits, cfg, 1)
     train_run(tmp_path/'cut', splits, cfg)
     for f in ('lambdas.csv','model.safetensors'): assert (tmp_path/'whole'/f).read_bytes()==(tmp_path/'cut'/f).read_bytes(), f

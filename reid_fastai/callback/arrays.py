@@ -12,7 +12,7 @@ import torch
 from fastai.callback.core import Callback
 from fastcore.all import *
 
-from ..core import PlainErrors,unwrap
+from ..core import PlainErrors
 from ..regularizers import *
 from ..rotation import turned_angles
 
@@ -30,6 +30,8 @@ class ArrayHistory(PlainErrors, Callback):
 
     def before_step(self):
         self._before = [w.detach().clone() for w in self.regularizer.arrays] if self._steps%self.every==0 else None
+
+    def _lrs(self): "id of a parameter → its learning rate, for those that the optimizer has"; return {id(p): h['lr'] for ps,h in zip(self.opt.param_lists, self.opt.hypers) for p in ps}
 
     def after_cancel_step(self): self._skipped = True
 

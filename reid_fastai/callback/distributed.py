@@ -14,11 +14,10 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastcore.all import *
 
-from ..core import PlainErrors,brief,ranks
+from ..core import PlainErrors,ranks
 from ..distributed import *
 
 # %% ../../nbs/14b_callback.distributed.ipynb #97b8a11c

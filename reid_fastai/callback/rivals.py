@@ -30,7 +30,7 @@ class DecayCallback(L2Callback):
 
     def _kernels(self):
         "Index and array of each kernel that is about to move, and the learning rates"
-        r,lrs = self.regularizer,{id(p): h['lr'] for ps,h in zip(self.opt.param_lists, self.opt.hypers) for p in ps}
+        r,lrs = self.regularizer,self._lrs()
         on = [(i,w) for i,(w,k,o) in enumerate(zip(r.arrays, r.kinds, r.active())) if o and k=='kernel' and w.grad is not None and id(w) in lrs]
         return [i for i,_ in on],[w for _,w in on],[lrs[id(w)] for _,w in on]
 

@@ -14,7 +14,6 @@ from fastcore.all import *
 
 from .arrays import ArrayHistory
 from .regularizer import *
-from ..core import unwrap
 from ..distributed import by_leader
 from ..regularizers import *
 from ..rotation import *
@@ -81,7 +80,7 @@ def before_batch(self:RotationControl):
 @patch
 def before_step(self:RotationControl):
     ArrayHistory.before_step(self)
-    lrs = {id(p): h['lr'] for ps,h in zip(self.opt.param_lists, self.opt.hypers) for p in ps}
+    lrs = self._lrs()
     ws = dict(zip(self.regularizer.names, self.regularizer.arrays))
     moving = [w for w in map(ws.get, self.names) if w.grad is not None and id(w) in lrs]
     self._turning,self._still = ([w for w in moving if w.requires_grad==o] for o in (True,False))
