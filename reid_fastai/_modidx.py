@@ -1315,7 +1315,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'reid_fastai.shell._end_if_stuck': ('shell.html#_end_if_stuck', 'reid_fastai/shell.py'),
                                    'reid_fastai.shell._parse': ('shell.html#_parse', 'reid_fastai/shell.py'),
                                    'reid_fastai.shell._short_of_memory': ('shell.html#_short_of_memory', 'reid_fastai/shell.py'),
-                                   'reid_fastai.shell._sigterm': ('shell.html#_sigterm', 'reid_fastai/shell.py'),
+                                   'reid_fastai.shell._signals': ('shell.html#_signals', 'reid_fastai/shell.py'),
                                    'reid_fastai.shell._warn': ('shell.html#_warn', 'reid_fastai/shell.py'),
                                    'reid_fastai.shell.command': ('shell.html#command', 'reid_fastai/shell.py'),
                                    'reid_fastai.shell.in_shell': ('shell.html#in_shell', 'reid_fastai/shell.py'),

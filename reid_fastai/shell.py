@@ -53,13 +53,20 @@ class Terminated(KeyboardInterrupt):
     "SIGTERM; the same as Ctrl-C, with another exit code"
 
 @contextmanager
-def _sigterm():
-    "Let SIGTERM end the command as Ctrl-C does, so that nothing half-made stays"
+def _signals():
+    "Let SIGTERM end the command as Ctrl-C does, so that nothing half-made stays; a signal that arrives in a destructor is sent again"
     if threading.current_thread() is not threading.main_thread(): return (yield)  # only the main thread gets signals
     def stop(*_): raise Terminated()
-    old = signal.signal(signal.SIGTERM, stop)
+    def again(o):
+        if not isinstance(o.exc_value, KeyboardInterrupt): return show(o)
+        sig = signal.SIGTERM if isinstance(o.exc_value, Terminated) else signal.SIGINT
+        threading.Timer(.05, os.kill, (os.getpid(), sig)).start()  # by then the destructor is done
+    old,show = signal.signal(signal.SIGTERM, stop),sys.unraisablehook
+    sys.unraisablehook = again
     try: yield
-    finally: signal.signal(signal.SIGTERM, old)
+    finally:
+        signal.signal(signal.SIGTERM, old)
+        sys.unraisablehook = show
 
 # %% ../nbs/20a_shell.ipynb #f26ed34e
 def _end_if_stuck(
@@ -124,7 +131,7 @@ def run_command(
         if int(os.environ.get('WORLD_SIZE', 1))>1: _end_if_stuck()
         with together(): return _code(work, say)
     try:
-        with _sigterm(): return _code(joined, say)
+        with _signals(): return _code(joined, say)
     finally:
         for o in (sys.stdout, sys.stderr): o.flush()
         _running,sys.stdout,sys.stderr,warnings.showwarning = None,out,err,show

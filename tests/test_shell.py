@@ -228,3 +228,18 @@ def test_ctrl_c_during_the_imports_shows_no_traceback():
     time.sleep(.5)  # torch alone takes longer
     p.send_signal(signal.SIGINT)
     assert p.communicate(timeout=60)[1]=='' and p.returncode==130
+
+@pytest.mark.parametrize('sig,code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_in_a_destructor_ends_the_command(sig, code, capsys):
+    class Slow:
+        def __del__(self):
+            os.kill(os.getpid(), sig)
+            time.sleep(.01)
+    def work():
+        Slow()
+        time.sleep(20)
+    begun,old = time.monotonic(),signal.signal(signal.SIGINT, signal.default_int_handler)
+    try: assert run_command(work, [], 'work')==code
+    finally: signal.signal(signal.SIGINT, old)
+    err = capsys.readouterr().err
+    assert 'Traceback' not in err and len(err.splitlines())==2 and time.monotonic()-begun<10
