@@ -29,11 +29,12 @@ from .schedules import *
 recipes = dict(
     quick=dict(arch='tf_efficientnet_lite0', regions=0, size='128x64', frozen_epochs=0, epochs=10, steps=None, lr=1e-3),
     paper=dict(arch='resnet50', regions=2, size='384x128', frozen_epochs=paper_frozen_epochs, epochs=paper_epochs, steps=paper_steps, lr=paper_lr),
+    laptop=dict(arch='tf_efficientnet_lite0', regions=0, size='256x128', first_size='128x64', frozen_epochs=0, epochs=60, steps=None, lr=1e-3, l2='rotation', strength=3e-3),
     published=dict(arch='osnet_x1_0'))  # the rest is that of the network
 
 def _defaults(recipe, arch):
     "Option → default of a recipe"
-    res = dict(n_pids=16, n_imgs=4, l2='adaptive', factor=2.5e-3, **recipes[recipe])
+    res = {**dict(n_pids=16, n_imgs=4, l2='adaptive', factor=2.5e-3, strength=None, first_size=None), **recipes[recipe]}
     if recipe!='published': return res
     r = find_recipe(ifnone(arch, res['arch']))
     n_imgs = r.n_imgs or 1
@@ -44,11 +45,13 @@ class RunConfig:
     "The options of a training run, each with its value"
     def __init__(self,
         data:str='synthetic', # 'synthetic', the folder of a dataset, or a CSV file with columns path, pid, split and, if known, camid
-        recipe:str='quick', # 'quick', 'paper', or 'published' for a network of `methods`: what the options below are by default
+        recipe:str='quick', # 'quick', 'laptop' for a good model from an ordinary machine, 'paper', or 'published' for a network of `methods`: what the options below are by default
         arch:str=None, # Backbone, any convolutional network of timm or torchvision; default: the recipe's
         pretrained:str='imagenet', # 'imagenet', 'none', or a file of weights: of the backbone, or the model.safetensors of a run
         regions:int=None, # Horizontal strips with a branch each: 2 in the paper, 0 is the light head; default: the recipe's
         size:str=None, # Height x width of the images, px; default: the recipe's, 128x64 if quick
+        first_size:str=None, # Size in the first epochs, smaller than `size`: progressive resizing; default: the recipe's, 128x64 if laptop
+        first_epochs:int=None, # How many epochs have that size; default: five of six
         n_pids:int=None, # Identities in a batch; default: the recipe's, 16 if quick
         n_imgs:int=None, # Images of each of them; default: the recipe's, 4 if quick
         frozen_epochs:int=None, # Epochs with a frozen backbone, before the others; default: the recipe's
@@ -70,8 +73,11 @@ class RunConfig:
     ):
         if recipe not in recipes: raise ValueError(f'recipe={recipe!r}: it must be one of {list(recipes)}.')
         store_attr()
-        for k,v in _defaults(recipe, arch).items(): setattr(self, k, ifnone(getattr(self, k), v))
-        self.data,self.size = _absolute(data, 'data'),_parse_size(self.size)
+        defaults = _defaults(recipe, arch)
+        if l2 not in (None, defaults['l2']): defaults['strength'] = None  # it is that of the recipe's regulariser
+        for k,v in defaults.items(): setattr(self, k, ifnone(getattr(self, k), v))
+        self.data,self.size,self.first_size = _absolute(data, 'data'),_parse_size(self.size),self.first_size and _parse_size(self.first_size, 'first_size')
+        if self.first_size and first_epochs is None: self.first_epochs = min(round(self.epochs*5/6), self.epochs-1)
         if pretrained not in ('imagenet','none'): self.pretrained = _absolute(pretrained, 'pretrained')
         if val_pids: self.eval_every = ifnone(eval_every, 1)
         self._check()
@@ -81,11 +87,11 @@ def _absolute(path, what):
     if not str(path).strip(): raise ValueError(f"{what}='': it is empty. Is a shell variable unset? Leave the option out for its default.")
     return str(path) if path=='synthetic' else os.path.abspath(os.path.expanduser(path))
 
-def _parse_size(s):
+def _parse_size(s, what='size'):
     "'128x64' → [128, 64]"
     try: h,w = map(int, s.lower().split('x') if isinstance(s, str) else s)
-    except (ValueError, TypeError): raise ValueError(f'size={s!r}: write height x width in pixels, such as 256x128.') from None
-    if min(h,w)<32 or max(h,w)>2048: raise ValueError(f'size={s!r}: between 32 and 2,048 pixels each way.')
+    except (ValueError, TypeError): raise ValueError(f'{what}={s!r}: write height x width in pixels, such as 256x128.') from None
+    if min(h,w)<32 or max(h,w)>2048: raise ValueError(f'{what}={s!r}: between 32 and 2,048 pixels each way.')
     return [h,w]
 
 # %% ../nbs/18a_config.ipynb #30646e41
@@ -101,6 +107,7 @@ def _check(self:RunConfig):
             raise ValueError(f'{k}={v}: a whole number from {lo} to {hi:,} is needed{why}.')
     if not (isinstance(self.lr, (int,float)) and 0<self.lr<math.inf): raise ValueError(f'lr={self.lr}: a positive, finite number is needed.')
     check_share('val_pids', self.val_pids)
+    self._check_first()
     if self.recipe!='paper' and self.frozen_epochs: raise ValueError(f'frozen_epochs={self.frozen_epochs}: only recipe=paper has a frozen phase to choose.')
     check_precision(self.precision)
     if not isinstance(self.compile, bool): raise ValueError(f'compile={self.compile!r}: it must be True or False.')
@@ -111,6 +118,18 @@ def _check(self:RunConfig):
         check_strength('strength', self.strength, '> 0')
     arms = ['adaptive','conventional','none',*RIVALS,'lamb']+['annealed']*(self.curve is not None)
     if self.l2 not in arms: raise ValueError(f'l2={self.l2!r}: it must be one of {arms}.')
+
+# %% ../nbs/18a_config.ipynb #1afbc6eb
+@patch
+def _check_first(self:RunConfig):
+    "Refuse small images for the first epochs that are not small, or not for the first epochs"
+    if self.first_size is None:
+        if self.first_epochs: raise ValueError(f'first_epochs={self.first_epochs}: `first_size` says the size that these epochs have. Give both, or neither.')
+        return
+    size = lambda o: f'{o[0]}x{o[1]}'
+    if self.recipe not in ('quick','laptop'): raise ValueError(f'first_size={size(self.first_size)}: recipe={self.recipe} has a schedule of its own. Choose recipe=laptop or quick.')
+    if any(s>f for s,f in zip(self.first_size, self.size)): raise ValueError(f'first_size={size(self.first_size)}: it must not exceed size={size(self.size)}.')
+    if not (isinstance(self.first_epochs, int) and 0<self.first_epochs<self.epochs): raise ValueError(f'first_epochs={self.first_epochs}: of epochs={self.epochs} at least one has small images, and the last has full-size ones.')
 
 # %% ../nbs/18a_config.ipynb #252a3362
 #: Regularisers whose one number is the option `strength`, each with what makes it
@@ -139,8 +158,9 @@ def weights(self:RunConfig) -> bool|str: # What `build_reid_net` takes as `pretr
 def but(self:RunConfig,
     **changes # Options with other values
 ) -> RunConfig: # A copy
-    "The same options but for `changes`"
-    return RunConfig(**{**vars(self), **changes})
+    "The same options but for `changes`; another regulariser has a strength of its own"
+    own = dict(strength=None) if changes.get('l2', self.l2)!=self.l2 else {}
+    return RunConfig(**{**vars(self), **own, **changes})
 
 @patch
 def __repr__(self:RunConfig): return 'RunConfig('+', '.join(f'{k}={v!r}' for k,v in vars(self).items() if v is not None)+')'

@@ -20,6 +20,7 @@ from .callback.checks import *
 from .callback.distributed import *
 from .callback.evaluation import *
 from .callback.precision import *
+from .callback.resize import *
 from .core import plain_errors
 from .losses import ReIDLoss
 from .models import *

@@ -87,7 +87,7 @@ def _versions():
 def _describe(cfg, splits):
     return dict(vars(cfg), dataset=dict(name=splits.name, counts=splits.counts().to_dict('index'), notes=splits.notes), versions=_versions())
 
-_added = dict(precision=None, compile=False)  # options that runs of earlier versions lack
+_added = dict(precision=None, compile=False, first_size=None, first_epochs=None)  # options that runs of earlier versions lack
 
 @by_leader
 def _check_same(out, wanted):
@@ -133,7 +133,8 @@ def build_net(
 ) -> ReIDNet:
     "The network that `cfg` describes; refuses missing weights, and an image too small for it or for the regions"
     net = build_reid_net(cfg.arch, n_classes, regions=cfg.regions, pretrained=cfg.weights, size=cfg.size).eval()
-    with torch.no_grad(): net(torch.zeros(1, 3, *cfg.size))
+    with torch.no_grad():
+        for size in filter(None, (cfg.size, cfg.first_size)): net(torch.zeros(1, 3, *size))
     return net.train()
 
 def check_run(
@@ -239,6 +240,7 @@ def fit_run(learn, cfg, start_epoch):
     with learn.distrib_ctx():
         if cfg.recipe=='paper': learn.fit_paper(cfg.frozen_epochs, cfg.epochs, cfg.lr, start_epoch=start_epoch)
         elif cfg.recipe=='published': learn.fit_published(find_recipe(cfg.arch), cfg.epochs, cfg.lr, start_epoch=start_epoch)
+        elif cfg.first_size: learn.fit_progressive(cfg.epochs, cfg.lr, cfg.first_size, cfg.first_epochs, start_epoch=start_epoch)
         else: learn.fit_one_cycle(cfg.epochs, cfg.lr, start_epoch=start_epoch)
 
 # %% ../nbs/19_runs.ipynb #bb40d20e

@@ -74,7 +74,7 @@ def test_constants():
     assert {k: getattr(cfg, k) for k in ('arch','regions','size','n_pids','n_imgs','steps','frozen_epochs','epochs','lr','l2','amplitude','flip')}==dict(
         arch='resnet50', regions=2, size=[384,128], n_pids=16, n_imgs=4, steps=200, frozen_epochs=20, epochs=200, lr=2e-4, l2='adaptive', amplitude=5e-3, flip=True)
     assert paper_adam.keywords==dict(mom=.9, sqr_mom=.999, eps=1e-7, wd=0.)
-    assert set(recipes)=={'quick','paper','published'}
+    assert set(recipes)=={'quick','laptop','paper','published'}
 
 paper_args = dict(recipe='paper', arch='resnet50', pretrained='none', size='64x32', n_pids=2, n_imgs=2, frozen_epochs=1, epochs=2, steps=2)
 
@@ -125,11 +125,40 @@ def test_published_recipe_is_the_default_of_its_network(arch, opts):
     if not given: assert cfg.n_pids*cfg.n_imgs==r.batch
     with pytest.raises(ValueError, match='no published recipe'): RunConfig(recipe='published', arch='resnet18')
 
-def test_a_published_run_goes_on_to_the_same_digits(tmp_path, interrupted):
-    "AMSGrad's largest moments and the schedule are those of a run without interruption"
+@pytest.mark.parametrize('opts', [dict(recipe='published', arch='osnet_x0_25', n_imgs=2, l2='adaptive'), dict(recipe='laptop', arch='resnet10t', size='64x64', first_size='32x32')])
+def test_a_run_goes_on_to_the_same_digits(opts, tmp_path, interrupted):
+    "AMSGrad's largest moments, the schedule and the size of the images are those of a run without interruption"
     splits = read_dataset(make_synthetic(tiny=True))
-    cfg = RunConfig(splits.root, 'published', arch='osnet_x0_25', pretrained='none', size='64x32', n_pids=4, n_imgs=2, epochs=3, steps=2, l2='adaptive')
+    cfg = RunConfig(splits.root, pretrained='none', n_pids=4, epochs=3, steps=2, **{'size': '64x32', **opts})
     train_run(tmp_path/'whole', splits, cfg)
     interrupted(tmp_path/'cut', splits, cfg, 2)
     train_run(tmp_path/'cut', splits, cfg)
     for f in ('lambdas.csv','model.safetensors'): assert (tmp_path/'whole'/f).read_bytes()==(tmp_path/'cut'/f).read_bytes()
+
+def test_laptop_recipe(splits):
+    "Another regulariser has a strength of its own; small images end before the last epoch; a network of one size is refused"
+    cfg = RunConfig(recipe='laptop')
+    assert (cfg.l2,cfg.strength,cfg.first_size,cfg.first_epochs,cfg.size)==('rotation', 3e-3, [128,64], 50, [256,128])
+    assert cfg.but(l2='decoupled').strength is None and cfg.but(l2='decoupled').but(l2='rotation').strength==3e-3 and cfg.but(strength=.1).strength==.1
+    assert RunConfig(recipe='laptop', l2='auto').strength is None and RunConfig(recipe='laptop', epochs=2).first_epochs==1
+    assert RunConfig().first_size is None and RunConfig().first_epochs is None
+    with pytest.raises(ValueError, match='affinit|256'): runs.check_run(splits, RunConfig(recipe='laptop', arch='rga_sc_resnet50', pretrained='none', n_pids=4))
+
+def test_first_epochs_see_small_images():
+    "Whole images shrunk, with shifts of the same share; what evaluation sees keeps its size"
+    from reid_fastai.callback.resize import ProgressiveResize, shrink
+    from reid_fastai.test_utils import tiny_dls, tiny_learner
+    class Seen(Callback):
+        order = 90
+        def __init__(self): self.x = {}
+        def before_batch(self): self.x.setdefault((self.epoch, self.training), []).append(self.x_())
+        def x_(self): return self.learn.x.as_subclass(torch.Tensor).clone()
+    xs = []
+    for cbs in ([], [ProgressiveResize((32,16), 1)]):
+        learn,seen = tiny_learner(tiny_dls(batch_tfms=[]), cbs=[], eval_every=1),Seen()
+        with learn.no_bar(), learn.no_logging(): learn.fit(2, 0., cbs=[seen, *cbs])
+        xs.append(seen.x)
+    full,small = xs
+    for a,b in zip(full[0,True], small[0,True], strict=True):
+        assert b.shape[-2:]==(32,16) and (shrink(a, (32,16))-b).abs().max()<=1/255
+    for k in full.keys()-{(0,True)}: assert all(torch.equal(a, b) for a,b in zip(full[k], small[k], strict=True))

@@ -7,4 +7,5 @@ from .evaluation import *
 from .checks import *
 from .distributed import *
 from .precision import *
+from .resize import *
 from .checkpoint import *
