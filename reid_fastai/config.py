@@ -28,8 +28,8 @@ from .schedules import *
 #: Defaults of the recipes
 recipes = dict(
     quick=dict(arch='tf_efficientnet_lite0', regions=0, size='128x64', frozen_epochs=0, epochs=10, steps=None, lr=1e-3),
-    paper=dict(arch='resnet50', regions=2, size='384x128', frozen_epochs=paper_frozen_epochs, epochs=paper_epochs, steps=paper_steps, lr=paper_lr),
     laptop=dict(arch='tf_efficientnet_lite0', regions=0, size='256x128', first_size='128x64', frozen_epochs=0, epochs=60, steps=None, lr=1e-3, l2='rotation', strength=3e-3),
+    paper=dict(arch='resnet50', regions=2, size='384x128', frozen_epochs=paper_frozen_epochs, epochs=paper_epochs, steps=paper_steps, lr=paper_lr),
     published=dict(arch='osnet_x1_0'))  # the rest is that of the network
 
 def _defaults(recipe, arch):
