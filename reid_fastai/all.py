@@ -15,6 +15,7 @@ from .learner import *
 from .interpret import *
 from .export import *
 from .config import *
+from .results import *
 from .runs import *
 from .experiments import *
 from .tables import *

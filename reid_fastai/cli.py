@@ -34,6 +34,7 @@ from .evaluation.all import *
 from .experiments import *
 from .export import *
 from .files import *
+from .results import *
 from .runs import *
 from .shell import *
 from .tables import *

@@ -22,8 +22,10 @@ from scipy import stats
 from .callback.history import plot_lambda_hist
 from .config import *
 from .core import ReIDSplits,check_share
+from .data.holdout import *
 from .distributed import *
 from .files import *
+from .results import *
 from .runs import *
 
 # %% ../nbs/20_experiments.ipynb #28ba6412

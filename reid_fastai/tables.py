@@ -21,6 +21,7 @@ from .distributed import by_leader,told
 from .experiments import *
 from .files import *
 from .models import *
+from .results import *
 from .runs import *
 
 # %% ../nbs/20b_tables.ipynb #99b04914

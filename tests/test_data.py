@@ -214,7 +214,7 @@ def test_without_cameras_only_the_query_itself_is_ignored(tmp_path):
     assert decoded=={'eve','joe','zoe'}
 
 def test_held_out_without_cameras(tmp_path):
-    from reid_fastai.runs import hold_out
+    from reid_fastai.data.holdout import hold_out
     held = hold_out(read_dataset(make_own(tmp_path/'own')), .5)
     assert held.query.pid.is_unique and len(held.query)==2 and held.gallery.groupby('pid').size().tolist()==[3,3]
     assert not set(held.query.path)&set(held.gallery.path) and not held.has_cameras

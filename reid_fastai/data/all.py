@@ -1,4 +1,5 @@
 from .datasets import *
+from .holdout import *
 from .synthetic import *
 from .sampler import *
 from .augment import *
