@@ -362,6 +362,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'reid_fastai.cli._resumed': ('cli.html#_resumed', 'reid_fastai/cli.py'),
                                  'reid_fastai.cli._strengths': ('cli.html#_strengths', 'reid_fastai/cli.py'),
                                  'reid_fastai.cli._trained_on': ('cli.html#_trained_on', 'reid_fastai/cli.py'),
+                                 'reid_fastai.cli._verify': ('cli.html#_verify', 'reid_fastai/cli.py'),
                                  'reid_fastai.cli.main': ('cli.html#main', 'reid_fastai/cli.py'),
                                  'reid_fastai.cli.reid_compare': ('cli.html#reid_compare', 'reid_fastai/cli.py'),
                                  'reid_fastai.cli.reid_eval': ('cli.html#reid_eval', 'reid_fastai/cli.py'),

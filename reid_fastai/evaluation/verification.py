@@ -133,7 +133,7 @@ def interval(self:Verification,
     for o in (fars := L(far)): _check_far(o, self.n_nonmatch, 'non-matching pairs')
     if n<1 or not 0<level<1: raise ValueError(f'n={n}, level={level}: at least one draw is needed, and a level between 0 and 1.')
     if self._units()[2]<2: raise ValueError('All queries show one identity, so there is nothing to draw from. An interval needs at least two.')
-    with np.errstate(all='ignore'): lo,hi = np.nanquantile(self._bootstrap(fars, n, seed), [(1-level)/2, (1+level)/2], axis=0)
+    lo,hi = np.nanquantile(self._bootstrap(fars, n, seed), [(1-level)/2, (1+level)/2], axis=0)
     res = pd.DataFrame(np.concatenate([lo, hi], 1)[:,[0,2,1,3]], index=pd.Index(fars, name='far'), columns=pd.MultiIndex.from_product([('threshold','tar'), ('low','high')]))
     return res if is_listy(far) else res.loc[far].unstack().loc[['threshold','tar'],['low','high']]
 
@@ -156,7 +156,9 @@ def open_set(self:Verification,
 # %% ../../nbs/10a_evaluation.verification.ipynb #0aa2001f
 @patch
 def __repr__(self:Verification):
-    return f'{self.n_match:,} matching and {self.n_nonmatch:,} non-matching pairs, {self.results.dists.metric}; equal error rate {100*self.eer:.2f} %'
+    few = [f'{o:g}' for o in _fars if not _allowed(o, self.n_nonmatch)]
+    return (f'{self.n_match:,} matching and {self.n_nonmatch:,} non-matching pairs{f", too few for a FAR of {few[0]}" if few else ""}, {self.results.dists.metric}\n'
+            f'equal error rate {100*self.eer:.2f} %')
 
 @patch
 def summary(self:Verification
@@ -211,12 +213,13 @@ def save(self:Verification,
     model:str|Path, # File of `save_model` that gave the embeddings
     data:str, # Dataset, as a command names it
     **notes # Whatever else is worth knowing, as JSON can hold it
-):
+) -> pd.DataFrame: # The `summary`
     "Write thresholds, rates and ROC curve"
     figures = dict(model=checksum(read_bytes(model)), metric=self.results.dists.metric, data=str(data), n_match=self.n_match, n_nonmatch=self.n_nonmatch, eer=self.eer,
-                   thresholds=_rates(self.summary()[['threshold','low','high','tar']]), dir=_rates(self.open_set()))
+                   thresholds=_rates((res := self.summary())[['threshold','low','high','tar']]), dir=_rates(self.open_set()))
     atomic_write(Path(folder)/'verification.csv', self.roc().to_csv(index=False))
     write_json(Path(folder)/'verification.json', {**notes, **figures})
+    return res
 
 def read_verification(
     model_path:str|Path # Run folder, or file of `save_model`, with verification.json beside it
