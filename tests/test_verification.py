@@ -213,3 +213,18 @@ def test_cut_off_file(stored):
     path = stored[0]/'verification.json'
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match='verification.json is damaged'): read_verification(stored[0])
+
+def test_planted_look_alikes():
+    "Two people who look the same fix the smallest rates: no threshold below their share of the pairs accepts them or anything farther, and the bootstrap knows that some draws lack one of them"
+    rng = np.random.default_rng(0)
+    who = rng.normal(size=(30,16))
+    who[1] = who[0]
+    x,pids,cams = np.repeat(who, 4, 0),np.repeat(np.arange(30)+1, 4),np.tile(np.arange(4), 30)
+    x = x+np.arange(len(x))[:,None]*1e-7
+    v = RetrievalResults.from_embeddings(x, pids, cams, x+.01*(pids[:,None]>2), pids, cams, metric='euclidean').verification()
+    share = 2*16/v.n_nonmatch
+    assert v.threshold(share*.9)<1e-4 and v.tar(share*.9)<=2/30
+    assert v.threshold(share*1.1)>.01 and v.tar(share*1.1)==1
+    low,high = v.interval(share*1.1, n=200).loc['threshold']
+    assert low<1e-4 and high>v.threshold(share*1.1)
+    assert v.open_set(.05).dir[.05]<=2/30 and v.open_set(.1).dir[.1]==pytest.approx(v.results.rank1)

@@ -56,7 +56,7 @@ def _collect(self:Pairs):
         matches.append(m.cpu())
         n.append(torch.bincount(row, minlength=len(d)).cpu())
         near.append(d.amin(1).cpu())
-        far.append(d.masked_fill_(d.isinf(), -1).amax(1).cpu())
+        far.append(d.nan_to_num_(posinf=-1).amax(1).cpu())
     empty,dtype = torch.empty(0, dtype=torch.long),self.results.dists.dtype
     matches,n,self._near_other,far = (_join(o, e) for o,e in ((matches, empty.to(dtype)), (n, empty), (near, empty.to(dtype)), (far, empty.to(dtype))))
     self._match_query = np.repeat(np.arange(len(n)), n)  # places in `queries`

@@ -31,11 +31,19 @@ def _allowed(far, n):
     k = int(far*n)
     return max(o for o in (k-1,k,k+1) if o/n<=far)
 
-def _threshold(d, cum, allowed, other):
-    "The largest of the numbers `d` and `other`, both sorted, below the first `d` whose `cum` exceeds `allowed`; where there is none, what is next below it"
-    s = d[np.searchsorted(cum, allowed, side='right')]
-    below = [o[i-1] for o in (d,other) if (i := np.searchsorted(o, s))]
-    return float(max(below)) if below else float(np.nextafter(s, s.dtype.type(-np.inf)))
+def _below(d, cum, s):
+    "The largest of the sorted numbers `d` below `s`, in a list; empty if there is none. `cum` sums their weights, and those of weight 0 do not count"
+    i = np.searchsorted(d, s)
+    return [d[np.searchsorted(cum, cum[i-1])]] if i and cum[i-1] else []
+
+def _threshold(other, match, allowed):
+    "The largest distance below that of the first non-matching pair that is not `allowed`; `other` and `match` are sorted distances and sums of weights"
+    s = other[0][np.searchsorted(other[1], allowed, side='right')]
+    return float(max(_below(*other, s)+_below(*match, s), default=np.nextafter(s, s.dtype.type(-np.inf))))
+
+def _counted(d, n=0):
+    "Sorted numbers of weight 1, and the sums of their weights, which start at `n`"
+    return d,n+np.arange(1, len(d)+1)
 
 # %% ../../nbs/10a_evaluation.verification.ipynb #0aa20009
 class Verification(Pairs):
@@ -81,7 +89,7 @@ def threshold(self:Verification,
         j = np.searchsorted(self._upto, self._upto[i-1])-1 if i else -1
         lo,n = (self._values[j],self._upto[j]) if j>=0 else (-1,0)
         d = self._between(lo, self._values[i])[0]
-    return _threshold(d, n+np.arange(1, len(d)+1), k, self.matches)
+    return _threshold(_counted(d, n), _counted(self.matches), k)
 
 @patch
 def tar(self:Verification,
@@ -107,19 +115,15 @@ def _bootstrap(self:Verification, fars, n, seed):
     "Thresholds and TAR of `n` draws of identities: (n, fars, 2); NaN where a draw has no pairs of a kind"
     (q,g,n_ids,n_all),rng = self._units(),np.random.default_rng(seed)
     n_q,n_g = (np.bincount(o, minlength=n_all) for o in (q,g))
-    res,k,match_unit = np.full((n, len(fars), 2), np.nan),self.n_nonmatch*max(fars)*1.5,q[self._match_query]
+    res,match_unit = np.full((n, len(fars), 2), np.nan),q[self._match_query]
+    near = lambda k: (lambda d,qi,gi: (d, q[qi], g[gi]))(*self._near(k))
+    d,a,b = near(1.5*max(fars)*self.n_nonmatch)
     for out in progress(res, 'Bootstrap'):
         w = np.concatenate([np.bincount(rng.integers(o, size=o), minlength=o) for o in (n_ids,n_all-n_ids) if o])
-        total,w_match = (w*n_q).sum()*(w*n_g).sum()-(w**2*n_q*n_g).sum(),w[match_unit]
-        if not total or not w_match.any(): continue
-        while True:
-            d,qi,gi = self._near(k)
-            cum = (wd := w[q[qi]]*w[g[gi]]).cumsum()
-            if len(d)==self.n_nonmatch or cum[-1]>_allowed(max(fars), total): break
-            k = 2*len(d)
-        (d,cum),m = (o[wd>0] for o in (d,cum)),self.matches[w_match>0]
-        tar = np.concatenate([[0], w_match[w_match>0].cumsum()/w_match.sum()])
-        for o,far in zip(out, fars): o[:] = (t := _threshold(d, cum, _allowed(far, total), m)),tar[np.searchsorted(m, t, side='right')]
+        total,m = (w*n_q).sum()*(w*n_g).sum()-(w**2*n_q*n_g).sum(),w[match_unit].cumsum()
+        if not total or not m[-1]: continue
+        while (cum := (w[a]*w[b]).cumsum())[-1]<=_allowed(max(fars), total): d,a,b = near(2*len(d))
+        for o,far in zip(out, fars): o[:] = (t := _threshold((d,cum), (self.matches,m), _allowed(far, total))),np.append(0, m)[np.searchsorted(self.matches, t, side='right')]/m[-1]
     return res
 
 @patch
@@ -150,7 +154,7 @@ def open_set(self:Verification,
     mated,best = self.results.n_matches[queries]>0,np.full(len(queries), np.inf, self.matches.dtype)
     np.minimum.at(best, self._match_query, self.matches)
     best = np.sort(best[mated & (self.results.first_hit[queries]==1)])
-    ts = [_threshold(u, np.arange(1, len(u)+1), _allowed(o, len(u)), best) for o in fars]
+    ts = [_threshold(_counted(u), _counted(best), _allowed(o, len(u))) for o in fars]
     return pd.DataFrame(dict(threshold=ts, dir=[np.searchsorted(best, t, side='right')/mated.sum() for t in ts]), index=pd.Index(fars, name='far', dtype=float))
 
 # %% ../../nbs/10a_evaluation.verification.ipynb #0aa2001f
