@@ -122,7 +122,9 @@ _verification = [f'verification.{o}' for o in ('json','csv','png')]
 
 def _verify(pairs, folder, file, data, flip):
     "Print thresholds and error rates, and keep them in `folder`"
-    print(f'\nSame or not: {pairs}\n{pairs.save(folder, file, data, flip=flip).round(4)}\n\nOpen set:\n{pairs.open_set().round(4)}')
+    table,searches = pairs.save(folder, file, data, flip=flip),pairs.open_set()
+    print(f'\nSame or not: {pairs}\n{table.round(4)}')
+    if len(searches): print(f'\nSame or not, for a search whose person may be missing:\n{searches.round(4)}')
     save_figure(pairs.plot().figure, folder/'verification.png')
 
 # %% ../nbs/21_cli.ipynb #c11e0001

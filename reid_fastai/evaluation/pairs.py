@@ -92,7 +92,7 @@ def _between(self:Pairs, lo, hi):
 
 @patch
 def _near(self:Pairs, k):
-    "The nearest non-matching pairs, at least `k` of them or all"
+    "The nearest non-matching pairs, at least `k` and a fiftieth of them, or all"
     if not self._nearest or len(self._nearest[0])<min(k, self.n_nonmatch):
-        self._nearest = self._between(-1, self._values[min(np.searchsorted(self._upto, k), len(self._values)-1)])
+        self._nearest = self._between(-1, self._values[min(np.searchsorted(self._upto, max(k, self.n_nonmatch//50)), len(self._values)-1)])
     return self._nearest

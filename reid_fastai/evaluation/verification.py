@@ -117,7 +117,7 @@ def _bootstrap(self:Verification, fars, n, seed):
     n_q,n_g = (np.bincount(o, minlength=n_all) for o in (q,g))
     res,match_unit = np.full((n, len(fars), 2), np.nan),q[self._match_query]
     near = lambda k: (lambda d,qi,gi: (d, q[qi], g[gi]))(*self._near(k))
-    d,a,b = near(1.5*max(fars)*self.n_nonmatch)
+    d,a,b = near(2*max(fars)*self.n_nonmatch)
     for out in progress(res, 'Bootstrap'):
         w = np.concatenate([np.bincount(rng.integers(o, size=o), minlength=o) for o in (n_ids,n_all-n_ids) if o])
         total,m = (w*n_q).sum()*(w*n_g).sum()-(w**2*n_q*n_g).sum(),w[match_unit].cumsum()
@@ -169,7 +169,6 @@ def summary(self:Verification
     ) -> pd.DataFrame: # Indexed by far: threshold, low, high, tar, tar_low, tar_high; rates from 1e-2 to 1e-5 that there are enough pairs for
     "Thresholds and TAR with their 95 % intervals; NaN where all queries show one person"
     fars = [o for o in _fars if _allowed(o, self.n_nonmatch)]
-    if fars: self._near(1.5*self.n_nonmatch*max(fars))
     res = pd.DataFrame(dict(threshold=[self.threshold(o) for o in fars], low=np.nan, high=np.nan, tar=[self.tar(o) for o in fars], tar_low=np.nan, tar_high=np.nan), index=pd.Index(fars, name='far', dtype=float))
     if fars and self._units()[2]>1: res[['low','high','tar_low','tar_high']] = self.interval(fars).to_numpy()
     return res
