@@ -1,6 +1,6 @@
 """Time and memory of retrieval and re-ranking on random features of a benchmark's size, beside the bare matrix product.
 
-    python benchmarks/retrieval.py [--sizes market msmt17] [--rerank] [--classic] [--torchreid DIR]
+    python benchmarks/retrieval.py [--sizes market msmt17] [--verify] [--rerank] [--classic] [--torchreid DIR]
 
 Each size runs in a process of its own, so that its peak memory is its own.
 `--classic` also times dense NumPy re-ranking, written here as lean as it can be (7 GB at Market-1501's size, not run at MSMT17's).
@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import reid_fastai.evaluation.rerank  # noqa: F401, gives results their `rerank`
-from reid_fastai.evaluation.metrics import RetrievalResults
+from reid_fastai.evaluation.all import RetrievalResults
 
 SIZES = dict(tiny=(200, 1000, 50), market=(3368, 15913, 750), msmt17=(11659, 82161, 3060))
 
@@ -106,6 +105,10 @@ def run(size, a):
     for t,by_np,r,_ in rows: print(f'  product by PyTorch {t:6.2f} s, by NumPy {by_np:6.2f} s   retrieval {r:6.2f} s   ratios {r/t:.2f}, {r/by_np:.2f}')
     median = [statistics.median(o[2]/o[i] for o in rows) for i in (0,1)]
     print(f'  median ratio {median[0]:.2f} to PyTorch, {median[1]:.2f} to NumPy; peak memory {peak():.2f} GB')
+    if a.verify:
+        t,v = timed(rows[0][3].verification)
+        (by_far,_),(by_ids,_) = timed(lambda: v.threshold(1e-2)),timed(v.summary)
+        print(f'  {v}\n  verification {t:.1f} s, thresholds {by_far:.1f} s, intervals {by_ids:.1f} s; peak memory {peak():.2f} GB')
     if a.torchreid: beside_torchreid(a.torchreid, args, n)
     if a.rerank:
         t,new = timed(rows[0][3].rerank)
@@ -124,6 +127,7 @@ def run(size, a):
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--sizes', nargs='+', default=['market'], choices=list(SIZES))
+    p.add_argument('--verify', action='store_true', help='time thresholds and their bootstrap intervals too')
     p.add_argument('--rerank', action='store_true', help='time re-ranking too')
     p.add_argument('--classic', action='store_true', help='with --rerank: time the dense algorithm beside it')
     p.add_argument('--torchreid', metavar='DIR', help='time the evaluator of this checkout beside ours, and with --rerank its re-ranking')
@@ -131,5 +135,5 @@ if __name__=='__main__':
     a = p.parse_args()
     if len(a.sizes)==1: run(a.sizes[0], a)
     else:
-        rest = ['--rerank']*a.rerank+['--classic']*a.classic+[f'--torchreid={a.torchreid}']*bool(a.torchreid)+[f'--repeats={a.repeats}']
+        rest = ['--verify']*a.verify+['--rerank']*a.rerank+['--classic']*a.classic+[f'--torchreid={a.torchreid}']*bool(a.torchreid)+[f'--repeats={a.repeats}']
         for s in a.sizes: subprocess.run([sys.executable, __file__, '--sizes', s, *rest], check=True)

@@ -119,6 +119,15 @@ def _queries(results, splits, df):
     res = results.per_query()
     return res.assign(AP=100*res.AP, INP=100*res.INP, pid=[splits.pid_names.get(o, o) for o in res.pid], path=df.path[df.split=='query'].to_numpy())
 
+_verification = [f'verification.{o}' for o in ('json','csv','png')]
+
+def _verify(pairs, folder, file, data, flip):
+    "Print thresholds and error rates, and keep them in `folder`"
+    table,searches = pairs.save(folder, file, data, flip=flip),pairs.open_set()
+    print(f'\nSame or not: {pairs}\n{table.round(4)}')
+    if len(searches): print(f'\nSame or not, for a search whose person may be missing:\n{searches.round(4)}')
+    save_figure(pairs.plot().figure, folder/'verification.png')
+
 # %% ../nbs/21_cli.ipynb #c11e0001
 @command(pos=['run','data'])
 def reid_eval(
@@ -127,6 +136,7 @@ def reid_eval(
     flip:bool=True, # Average embeddings over image and mirror image
     metric:str='cosine', # 'cosine' or 'euclidean'
     rerank:bool=False, # Also show the figures after k-reciprocal re-ranking (k1 20, k2 6, λ 0.3)
+    verify:bool=False, # Also find thresholds for "same person or not": verification.json, .csv and .png in `--out`, else beside the model
     out:str=None, # Folder for the figures (evaluation.json) and a picture of some ranked lists (ranked.png)
     csv:str=None, # File for a table of the queries: AP and INP in per cent, first hit, number of matches
     features:str=None, # File of embeddings to write, or to read where it exists
@@ -140,7 +150,8 @@ def reid_eval(
     check_metric(metric)
     device = ifnone(check_device(device), 'cuda' if torch.cuda.is_available() else 'cpu')
     data = ifnone(data, _trained_on(file))
-    check_outputs(dict(csv=csv, features=features), {'the model': file, **({'the dataset': data} if data!='synthetic' else {})})
+    shown = Path(ifnone(out, file.parent))
+    check_outputs({'csv': csv, 'features': features, **{o: shown/o for o in _verification if verify}}, {'the model': file, **({'the dataset': data} if data!='synthetic' else {})})
     if out: check_folder(out, 'evaluation.json')
     with _quietly(quiet):
         check_search(splits := load_splits(data))
@@ -151,10 +162,12 @@ def reid_eval(
         if rerank:
             found.append(found[0].rerank())
             print(f'\nre-ranked: {found[1]}')
+        if verify: pairs = found[0].verification()
         if csv: atomic_write(csv, _queries(found[-1], splits, df).to_csv(index=False))
         if out:
             write_json(Path(out)/'evaluation.json', dict(result_figures(found[0]), model=str(file), data=data, metric=metric, flip=flip, **({'reranked': result_figures(found[1])} if rerank else {})))
             by_leader(save_ranked)(found[-1], df, files, Path(out)/'ranked.png')
+        if verify: _verify(pairs, shown, file, data, flip)
     return found[-1]
 
 def _trained_on(file):

@@ -65,6 +65,16 @@ def train(fit, *args, **kw):
     with learn.distrib_ctx(): fit(learn)
     return outcome(learn)
 
+def few_queries():
+    "Fewer queries than processes"
+    gen = torch.Generator().manual_seed(0)
+    return RetrievalResults.from_embeddings(torch.randn(3, 4, generator=gen), [1,2,3], [0]*3, torch.randn(40, 4, generator=gen), [0,1,2,3]*10, [1]*40)
+
+def verified_numbers(res):
+    "Numbers of a verification, as one vector: from kept pairs, from a bracket, from the bootstrap and from searches"
+    v = res.verification()
+    return torch.cat([torch.as_tensor(o, dtype=torch.float64).flatten() for o in (v.roc().to_numpy(), v.summary().to_numpy(), v.threshold(.6), v.interval(.3, n=20).to_numpy(), v.open_set(.5).to_numpy())])
+
 def shared(regions=0):
     "What evaluation gives within the context"
     learn = learner(regions, val_bs=8, seed=1)
@@ -72,7 +82,8 @@ def shared(regions=0):
         embs,val = learn.embed(),learn.validate()
         res = learn.retrieval()
         rr,preds = res.rerank(k1=5, k2=2),learn.get_preds()[0]
-    return dict(preds=preds, embs=embs, val=[float(o) for o in val], ranks=res.ranks, reranked=rr.ranks, ap=rr.ap, topk=res.topk(3).idxs)
+        verified = torch.cat([verified_numbers(o) for o in (res, few_queries())])
+    return dict(verified=verified, preds=preds, embs=embs, val=[float(o) for o in val], ranks=res.ranks, reranked=rr.ranks, ap=rr.ap, topk=res.topk(3).idxs)
 
 def refused():
     "Messages of what cannot be trained together"

@@ -16,3 +16,25 @@ def test_gpu_script_on_the_cpu():
 def test_training_beside_a_bare_loop():
     res = run('benchmarks/training.py', '--arch', 'resnet10t', '--size', '64', '32', '--bs', '8', '--steps', '1', '--rounds', '1')
     assert res.returncode==0 and '× the bare loop' in res.stdout and 'peak memory' in res.stdout, res.stderr[-800:]
+
+def test_how_many_identities(tmp_path):
+    "Nested parts of the training identities, the same steps and the same test set; complete runs are not repeated"
+    import pandas as pd
+    from reid_fastai.data.synthetic import make_synthetic
+    from reid_fastai.files import read_json
+    data = str(make_synthetic(tiny=True))
+    args = ['benchmarks/identities.py', data, '--out', tmp_path/'o', '--pretrained', 'none', '--identities', '0', '3', '6', '--set', 'arch=resnet10t', 'size=64x32', 'epochs=1', 'n_pids=4']
+    res = run(*args)
+    assert res.returncode==0 and '| identities | images | mAP | Rank-1 |' in res.stdout, res.stderr[-800:]
+    df = pd.read_csv(tmp_path/'o'/'identities.csv')
+    assert df.identities.tolist()==[0,3,6] and df.images.tolist()==[0,18,36]
+    few,more = (read_json(tmp_path/'o'/f'{n}-all-42'/'config.json') for n in (3,6))
+    assert (few['n_pids'],more['n_pids'])==(3,4) and few['steps']==more['steps']==3
+    before = (tmp_path/'o'/'3-all-42'/'model.safetensors').stat().st_mtime_ns
+    assert run(*args).returncode==0 and (tmp_path/'o'/'3-all-42'/'model.safetensors').stat().st_mtime_ns==before
+    bad = run(*args, '--identities', '99')
+    assert bad.returncode==1 and 'has 10 training identities' in bad.stderr and 'Traceback' not in bad.stderr
+
+def test_retrieval_with_thresholds():
+    res = run('benchmarks/retrieval.py', '--sizes', 'tiny', '--repeats', '1', '--verify')
+    assert res.returncode==0 and 'equal error rate' in res.stdout and 'intervals' in res.stdout, res.stderr[-800:]

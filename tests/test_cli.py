@@ -1,5 +1,5 @@
 "The commands as a user runs them: what they write, what they refuse, and that they repeat themselves"
-import json, re, runpy, shlex, subprocess, sys, time
+import json, re, runpy, shlex, shutil, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,7 +7,9 @@ import pandas as pd, pytest
 
 from reid_fastai import cli
 from reid_fastai.cli import *
+from reid_fastai.data.datasets import read_dataset
 from reid_fastai.data.synthetic import make_synthetic
+from reid_fastai.evaluation.verification import read_verification
 from reid_fastai.shell import _parse
 
 tiny_args = dict(arch='resnet10t', pretrained='none', size='64x32', n_pids=4, epochs=2, steps=2)
@@ -82,6 +84,36 @@ def test_what_cannot_be_written_or_read_is_refused_first(cmd, args, run, data, t
     assert res.returncode==2 and ': error: ' in res.err and 'Traceback' not in res.err, res.err
     assert str(tmp_path) in res.err or 'manhattan' in res.err
     assert {o.name for o in tmp_path.iterdir()}=={'file','damaged'} and (tmp_path/'file').read_text()=='mine'
+
+def test_verify_stores_thresholds_with_the_model(run, tmp_path, shell):
+    shutil.copytree(run, own := tmp_path/'run')
+    res = shell('reid-eval', own, '--verify', '--csv', tmp_path/'q.csv')
+    v = reid_eval(own).verification()
+    stored = read_verification(own)
+    assert res.returncode==0 and f'{v.n_nonmatch:,} non-matching pairs' in res.out and f'{100*v.eer:.2f} %' in res.out
+    assert stored['thresholds']['0.01']['threshold']==v.threshold(.01) and (stored['metric'],stored['flip'])==('cosine',True) and stored['eer']==v.eer
+    assert len(pd.read_csv(own/'verification.csv'))==len(v.roc()) and (own/'verification.png').read_bytes()[:4]==b'\x89PNG'
+    assert {o.name for o in own.iterdir()}-{o.name for o in run.iterdir()}=={'verification.json','verification.csv','verification.png'}
+    (own/'verification.json').write_text('{')
+    res = shell('reid-eval', own, '--verify', '--metric', 'euclidean', '--out', tmp_path/'out', '--quiet')
+    assert (res.returncode, res.out, res.err)==(0, '', '') and (own/'verification.json').read_text()=='{'
+    assert json.loads((tmp_path/'out'/'verification.json').read_text())['metric']=='euclidean'
+    assert {o.name for o in (tmp_path/'out').iterdir()}=={'evaluation.json','ranked.png','verification.json','verification.csv','verification.png'}
+    assert shell('reid-eval', own, '--out', tmp_path/'out').returncode==0
+
+def test_verify_without_non_matching_pairs(run, data, tmp_path, shell):
+    "One person alone in query and gallery: one line, and nothing is written"
+    df = read_dataset(data).df
+    who = df[df.split=='query'].pid.iloc[0]
+    df = df[(df.split!='train') & (df.pid==who)].assign(path=lambda o: [str(Path(data)/p) for p in o.path])
+    df.to_csv(tmp_path/'one.csv', index=False)
+    res = shell('reid-eval', run, tmp_path/'one.csv', '--verify', '--out', tmp_path/'out', '--csv', tmp_path/'q.csv')
+    assert res.returncode==2 and res.err.count('\n')==1 and 'no non-matching pairs' in res.err, res.err
+    assert {o.name for o in tmp_path.iterdir()}=={'one.csv'}
+
+def test_verify_would_replace(run, tmp_path, shell):
+    res = shell('reid-eval', run, '--verify', '--csv', run/'verification.csv')
+    assert res.returncode==2 and 'that is the file of csv' in res.err and not (run/'verification.csv').exists()
 
 def test_folders_on_the_way_are_made(run, tmp_path, shell):
     assert shell('reid-eval', run, '--csv', tmp_path/'new'/'q.csv').returncode==0 and (tmp_path/'new'/'q.csv').exists()

@@ -76,7 +76,7 @@ def jobs(tmp_path_factory):
     d = tmp_path_factory.mktemp('commands')
     data,other = str(make_synthetic(tiny=True)),str(make_synthetic(d/'other', tiny=True, seed=7))
     train = lambda out, *more: ['reid-train', data, '--out', out, *tiny, '3', *more]
-    evaluate = lambda out: ['reid-eval', 'one', '--rerank', '--csv', f'{out}.csv', '--out', out, '--features', f'{out}.safetensors']
+    evaluate = lambda out: ['reid-eval', 'one', '--rerank', '--verify', '--csv', f'{out}.csv', '--out', out, '--features', f'{out}.safetensors']
     compare = lambda out: ['reid-compare', data, '--out', out, *tiny, '1', '--arms', 'adaptive', '--amplitudes', '5e-3', '--seeds', '1']
     resume = lambda out: ['reid-train', '--resume', out]
     res = [dict(name='one', argv=train('one')), dict(name='train', n=2, argv=train('two')),
@@ -109,7 +109,7 @@ def test_a_run_of_several_processes(jobs):
 
 def test_the_figures_of_one_process(jobs):
     "Evaluation to the last digit"
-    for f in ('eval{}.csv', 'eval{}.safetensors', 'eval{}/evaluation.json'): assert (jobs.dir/f.format(1)).read_bytes()==(jobs.dir/f.format(2)).read_bytes(), f
+    for f in ('eval{}.csv', 'eval{}.safetensors', 'eval{}/evaluation.json', 'eval{}/verification.json', 'eval{}/verification.csv'): assert (jobs.dir/f.format(1)).read_bytes()==(jobs.dir/f.format(2)).read_bytes(), f
     assert jobs.all['eval 2'].out==[jobs.all['eval 1'].out[0], ''] and jobs.all['eval 2'].codes==[0,0]
 
 def test_a_comparison_of_several_processes(jobs):

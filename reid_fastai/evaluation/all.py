@@ -1,3 +1,5 @@
 from .distances import *
 from .metrics import *
+from .pairs import *
+from .verification import *
 from .rerank import *

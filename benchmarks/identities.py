@@ -1,0 +1,72 @@
+"""What to expect from how many identities: the same test set, and training on a part of the training identities.
+
+    python benchmarks/identities.py DATA --out FOLDER [--identities 0 25 50 100 200 751] [--images 0] [--seeds 1] [--pretrained FILE] [--set epochs=10 size=128x64 …]
+
+0 identities is the starting model without any training on DATA: with `--pretrained FILE`, one that was trained elsewhere. Identities of a seed are nested: those of 25 are among those of 50.
+All runs take as many steps as an epoch of the whole training set has, unless `--set steps=…` says otherwise. Runs that are complete in FOLDER are not repeated, and interrupted ones go on.
+"""
+import argparse, json, sys
+from pathlib import Path
+
+import numpy as np, pandas as pd
+
+from reid_fastai.callback.evaluation import search
+from reid_fastai.config import RunConfig
+from reid_fastai.core import DISTRACTOR_PID, ReIDSplits
+from reid_fastai.experiments import markdown_table
+from reid_fastai.export import Embedder
+from reid_fastai.files import atomic_write
+from reid_fastai.runs import build_net, load_splits, result_figures, search_rows, train_run
+
+def subset(splits, n, images, seed):
+    "`splits` with `n` random training identities, and at most `images` random images of each; 0: all images"
+    rng,train = np.random.default_rng(seed),splits.train
+    people = train.pid[train.pid>DISTRACTOR_PID].unique()
+    if n>len(people): raise ValueError(f'--identities {n}: {splits.name} has {len(people)} training identities.')
+    pids = rng.permutation(np.sort(people))[:n]
+    rows = train[train.pid.isin(pids)]
+    if images: rows = rows.iloc[rng.permutation(len(rows))].groupby('pid').head(images)
+    return ReIDSplits(pd.concat([rows.sort_index(), splits.query, splits.gallery]), f'{splits.name}, {n} training identities', splits.root)
+
+def untrained(splits, cfg):
+    "Figures of the starting model"
+    df,files = search_rows(splits)
+    return result_figures(search(Embedder(build_net(cfg, 1), cfg.size)(files, flip=cfg.flip), df))
+
+def value(text):
+    "'epochs=10' → ('epochs', 10)"
+    k,_,v = text.partition('=')
+    try: return k,json.loads(v)
+    except ValueError: return k,v
+
+def main(a):
+    splits,out,rows = load_splits(a.data),Path(a.out),[]
+    for seed in range(a.seed, a.seed+a.seeds):
+        for n in a.identities:
+            opts = dict(dict(map(value, a.set)), data=a.data, seed=seed, pretrained=a.pretrained)
+            cfg = RunConfig(**opts)
+            part = subset(splits, n, a.images, seed)
+            steps = cfg.steps or max(1, len(splits.train)//(cfg.n_pids*cfg.n_imgs))
+            if n: res = train_run(out/f'{n}-{a.images or "all"}-{seed}', part, RunConfig(**dict(opts, steps=steps, n_pids=min(n, cfg.n_pids))), a.device)
+            else: res = untrained(splits, cfg)
+            rows.append({'identities': n, 'images': len(part.train), 'seed': seed, **{k: res[k] for k in ('mAP','Rank-1','Rank-5','mINP')}})
+            atomic_write(out/'identities.csv', pd.DataFrame(rows).to_csv(index=False))
+    df = pd.DataFrame(rows).groupby('identities').agg({'images': 'mean', 'mAP': ['mean','std'], 'Rank-1': ['mean','std']}).reset_index()
+    shown = pd.DataFrame({'identities': df.identities, 'images': df.images['mean'].round().astype(int),
+                          **{o: [f'{m:.2f}'+(f' ± {s:.2f}' if a.seeds>1 else '') for m,s in zip(df[o]['mean'], df[o]['std'])] for o in ('mAP','Rank-1')}})
+    atomic_write(out/'identities.md', (table := markdown_table(shown))+'\n')
+    print(table)
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('data', help="'synthetic', the folder of a dataset, or a CSV file")
+    p.add_argument('--out', required=True, help='folder of the runs and of the table')
+    p.add_argument('--identities', nargs='+', type=int, default=[0, 25, 50, 100, 200, 751])
+    p.add_argument('--images', type=int, default=0, help='at most so many images of each identity; 0: all')
+    p.add_argument('--seeds', type=int, default=1, help='number of seeds, each with identities of its own')
+    p.add_argument('--seed', type=int, default=42, help='the first of them')
+    p.add_argument('--pretrained', default='imagenet', help="'imagenet', 'none', or a model.safetensors to start from")
+    p.add_argument('--device')
+    p.add_argument('--set', nargs='*', default=[], metavar='OPTION=VALUE', help='options of reid-train, such as epochs=10')
+    try: main(p.parse_args())
+    except ValueError as e: sys.exit(f'identities.py: error: {e}')
