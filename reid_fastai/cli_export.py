@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['reid_export']
 
-# %% ../nbs/21b_cli_export.ipynb #a6482c0f
+# %% ../nbs/21b_cli_export.ipynb #20c9d957
 from .cli import _quietly,_trained_on  # first, as it says what to do when Ctrl-C interrupts the imports
 import os
 from pathlib import Path
@@ -18,12 +18,12 @@ from .core import JUNK_PID,ReIDSplits
 from .data.block import read_image
 from .data.synthetic import make_synthetic
 from .export import load_model,read_meta
-from .files import check_outputs,checksum,read_bytes
+from .files import checksum,read_bytes
 from .portable import *
 from .runs import load_splits,read_results
 from .shell import command
 
-# %% ../nbs/21b_cli_export.ipynb #b02da95e
+# %% ../nbs/21b_cli_export.ipynb #d8f7e9be
 def _images(splits, size, n):
     "`n` training images, evenly spread"
     df = splits.train[lambda o: o.pid!=JUNK_PID]
@@ -39,7 +39,7 @@ def _splits(file, data, int8):
         if int8: raise ValueError(f'int8: the ranges of 8-bit maps are measured on training images, and those of {file} are not at hand. Name a dataset: --data DATA') from e
         return load_splits(make_synthetic(tiny=True))
 
-# %% ../nbs/21b_cli_export.ipynb #797a7c2c
+# %% ../nbs/21b_cli_export.ipynb #9c613285
 @command(pos=['run'])
 def reid_export(
     run:str, # Run folder of `reid-train`, or a model.safetensors
@@ -59,14 +59,13 @@ def reid_export(
     if out is None: out = file.with_name(f'{file.stem}{"-int8" if int8 else ""}{SUFFIXES.get(format, "")}')
     check_export(out, format, pixels, int8)
     net,size = load_model(file),read_meta(file)['size']
-    check_outputs(dict(out=out), {'the model': file})
     with _quietly(quiet):
         splits = _splits(file, data, int8)
         meta = export_net(net, out, _images(splits, size, 128 if int8 else 7), format, pixels, flip, normalize, int8, model=checksum(read_bytes(file)), checked_with=splits.name)
         print(_report(out, meta, size))
     return Path(out)
 
-# %% ../nbs/21b_cli_export.ipynb #996ac71a
+# %% ../nbs/21b_cli_export.ipynb #80b203b7
 def _report(out, meta, size):
     "What was written, in a few lines"
     takes,extra = meta['input'],[o for k,o in dict(flip='flip average', normalize='unit length').items() if meta[k]]

@@ -6,11 +6,12 @@
 __all__ = ['PIXELS', 'SUFFIXES', 'to_pixels', 'PortableNet', 'check_export', 'export_net', 'is_portable', 'read_portable',
            'Portable']
 
-# %% ../nbs/17a_portable.ipynb #fef8185f
+# %% ../nbs/17a_portable.ipynb #56edb765
 import copy,io,json,tempfile,warnings,zipfile
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch as mock_patch
 
 import torch
 from fastcore.all import *
@@ -22,7 +23,7 @@ from .core import brief,unwrap
 from .files import atomic_write,check_writable,checksum,read_bytes
 from .models import ReIDNet
 
-# %% ../nbs/17a_portable.ipynb #9223a154
+# %% ../nbs/17a_portable.ipynb #860fc037
 _mean,_std = (.485,.456,.406),(.229,.224,.225)
 
 #: What an exported network takes, by name
@@ -44,7 +45,7 @@ def to_pixels(
     mean,std = _stats() if pixels=='imagenet' else (0, 1)
     return (x.float()/255-mean)/std
 
-# %% ../nbs/17a_portable.ipynb #d1afd8b6
+# %% ../nbs/17a_portable.ipynb #dd9b6286
 def _averaged(net, x, flip, normalize):
     "Embeddings of images in [0, 1]"
     emb = (net(x)+net(x.flip(3)))/2 if flip else net(x)
@@ -72,7 +73,7 @@ class PortableNet(nn.Module):
         x = x*self.scale+self.shift if self.pixels=='imagenet' else x if self.pixels=='unit' else x.float()/255
         return _averaged(self.net, x, self.flip, self.normalize)
 
-# %% ../nbs/17a_portable.ipynb #a8fd5fa1
+# %% ../nbs/17a_portable.ipynb #8cf1606c
 SUFFIXES = dict(onnx='.onnx', torchscript='.torchscript', pt2='.pt2')
 _opset,_key,_tol = 17,'reid_fastai',1e-4
 
@@ -84,9 +85,8 @@ def _need(package):
 @contextmanager
 def _exporting(what, remedy):
     "Within it PyTorch says nothing of its own tracing, and what it cannot do is a `ValueError`"
-    torch._C._jit_set_onnx_log_enabled(False)  # it would print the whole graph
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), mock_patch.object(torch._C, '_jit_onnx_log', noop, create=True):  # which prints the whole graph to stdout
             warnings.simplefilter('ignore')
             yield
     except (ValueError, MemoryError): raise
@@ -101,7 +101,7 @@ def _tail(text):
 def _digest(model, meta): return checksum(model+json.dumps(meta, sort_keys=True).encode())
 def _sealed(model, meta): return model+_tail(json.dumps(dict(meta, sha256=_digest(model, meta))))
 
-# %% ../nbs/17a_portable.ipynb #b296a159
+# %% ../nbs/17a_portable.ipynb #d77c4799
 def _to_onnx(m, x):
     f = io.BytesIO()
     torch.onnx.export(m, (x,), f, dynamo=False, opset_version=_opset, input_names=['images'], output_names=['embeddings'],
@@ -130,18 +130,18 @@ def _runner(data, format, device='cpu'):
     s = ort.InferenceSession(data, opts, providers=[gpu]*(torch.device(device).type=='cuda' and gpu in ort.get_available_providers())+['CPUExecutionProvider'])
     return lambda x: torch.from_numpy(s.run(None, {'images': x.numpy()})[0])
 
-# %% ../nbs/17a_portable.ipynb #9820039b
+# %% ../nbs/17a_portable.ipynb #2db3fc54
 def _cosine(a, b): return F.cosine_similarity(a, b).mean().item()
 
 def _difference(run, m, images):
-    "The largest difference from PyTorch's embeddings, as they are or divided by their length; and the mean cosine"
+    "The largest difference from PyTorch's embeddings, relative to the largest number in them if that is above 1, or after division by their length; and the mean cosine"
     res = []
     for b in (1,2,7):
         x = images[torch.arange(b)%len(images)]
         with torch.no_grad(): want = _averaged(m.net, x/255, m.flip, m.normalize)
         got = run(to_pixels(x, m.pixels))
         if got.shape!=want.shape: raise ValueError(f'{m.net.arch} cannot be exported: for {b} images the file gives embeddings of shape {tuple(got.shape)}, and PyTorch {tuple(want.shape)}.')
-        res.append((torch.stack([(got-want).abs().max(), (F.normalize(got)-F.normalize(want)).abs().max()]).max().item(), _cosine(got, want)))
+        res.append((torch.stack([(got-want).abs().max()/want.abs().max().clamp(min=1), (F.normalize(got)-F.normalize(want)).abs().max()]).max().item(), _cosine(got, want)))
     return torch.tensor(res).amax(0)[0].item(),torch.tensor(res).amin(0)[1].item()  # of torch, as these hand on NaN
 
 def check_export(
@@ -162,7 +162,7 @@ def check_export(
         try: read_portable(path)
         except ValueError as e: raise ValueError(f'{brief(path, 120)} exists already, and is not replaced, as it is no intact file of reid-export. Delete it, or name another file.') from e
 
-# %% ../nbs/17a_portable.ipynb #142d03b8
+# %% ../nbs/17a_portable.ipynb #f6172be0
 def _to_int8(model, batches):
     "Weights and maps of 8 bits; the ranges of the maps are those of `batches`"
     q = _need('onnxruntime.quantization')
@@ -177,7 +177,7 @@ def _to_int8(model, batches):
         q.quantize_static(b, c, Reader(), per_channel=True, activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8)
         return Path(c).read_bytes()
 
-# %% ../nbs/17a_portable.ipynb #adf3bf38
+# %% ../nbs/17a_portable.ipynb #65d8b17d
 def export_net(
     net:ReIDNet, # From `build_reid_net` or `load_model`
     path:str|Path, # File to write, or to replace if it is one of these
@@ -193,7 +193,7 @@ def export_net(
     check_export(path, format, pixels, int8)
     m,path = PortableNet(net, pixels, flip, normalize).eval(),Path(path)
     meta = dict(notes, format=format, version=__version__, torch=torch.__version__, arch=m.net.arch, n_features=m.net.n_features, size=list(images.shape[2:]), pixels=pixels,
-        input=PIXELS[pixels], mean=m.net.mean.flatten().tolist(), std=m.net.std.flatten().tolist(), flip=flip, normalize=normalize, int8=int8, **(dict(opset=_opset) if format=='onnx' else {}))
+        input=PIXELS[pixels], **{o: [round(v, 6) for v in getattr(m.net, o).flatten().tolist()] for o in ("mean","std")}, flip=flip, normalize=normalize, int8=int8, **(dict(opset=_opset) if format=='onnx' else {}))
     x = to_pixels(images[torch.arange(2)%len(images)], pixels)
     with _exporting(f'{m.net.arch} cannot be exported as {format}', 'Try another format.'), torch.no_grad():
         data = _to_onnx(m, x) if format=='onnx' else dict(torchscript=_to_torchscript, pt2=_to_pt2)[format](m, x, meta)
@@ -207,7 +207,7 @@ def export_net(
     atomic_write(path, _sealed(data, meta) if format=='onnx' else data)
     return dict(meta, difference=diff, cosine=cos)
 
-# %% ../nbs/17a_portable.ipynb #dd211ae1
+# %% ../nbs/17a_portable.ipynb #816ef70f
 def _meta_of_zip(path, data):
     "Metadata of a file of TorchScript or `torch.export`, whose parts have checksums"
     try:
@@ -219,8 +219,10 @@ def _meta_of_zip(path, data):
 
 def _meta_of_onnx(path, data):
     "Metadata of an ONNX file"
-    try: text = {o.key: o.value for o in _need('onnx').ModelProto.FromString(data).metadata_props}.get(_key)
-    except _need('google.protobuf.message').DecodeError as e: raise ValueError(f'{path} is damaged, or no ONNX file. Export it anew.') from e
+    onnx = _need('onnx')
+    try: text = {o.key: o.value for o in onnx.ModelProto.FromString(data).metadata_props}.get(_key)
+    except Exception as e:  # protobuf has several kinds
+        raise ValueError(f'{path} is damaged, or no ONNX file. Export it anew.') from e
     if not text: return
     tail = _tail(text)
     try: meta = json.loads(text)
@@ -243,7 +245,7 @@ def read_portable(
     if not isinstance(meta, dict) or 'pixels' not in meta: raise ValueError(f'{path} is no file of reid-export: it does not say which pixels it takes. Export the model with reid-export.')
     return {**meta, 'size': tuple(meta['size'])},data
 
-# %% ../nbs/17a_portable.ipynb #91a8885e
+# %% ../nbs/17a_portable.ipynb #b14449d7
 class Portable:
     "An exported network that computes"
     def __init__(self,
