@@ -16,3 +16,8 @@ def test_gpu_script_on_the_cpu():
 def test_training_beside_a_bare_loop():
     res = run('benchmarks/training.py', '--arch', 'resnet10t', '--size', '64', '32', '--bs', '8', '--steps', '1', '--rounds', '1')
     assert res.returncode==0 and '× the bare loop' in res.stdout and 'peak memory' in res.stdout, res.stderr[-800:]
+
+def test_exported_networks():
+    __import__('pytest').importorskip('onnxruntime')
+    res = run('benchmarks/export.py', '--arch', 'test_resnet', '--size', '64', '32', '--bs', '2', '--rounds', '1', '--images', '4', '--threads', '1')
+    assert res.returncode==0 and '| ONNX int8 | 2 |' in res.stdout, res.stderr[-800:]

@@ -1,5 +1,5 @@
 "Exported networks: they compute what PyTorch computes, say what they take, and are refused where they do not"
-import copy, os, random, sys, zipfile
+import copy, os, random, re, sys, zipfile
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,7 +106,7 @@ def test_what_a_file_says(exported):
         meta = read_meta(path)
         assert {k: meta[k] for k in ('format','arch','n_features','size','pixels','flip','normalize','int8')}==dict(
             format=f, arch='test_resnet', n_features=192, size=size, pixels='uint8', flip=False, normalize=False, int8=False)
-        assert meta['input']==PIXELS['uint8'] and meta['mean']==[.485, .456, .406] and meta['std']==[.229, .224, .225] and meta['version'] and meta['torch']
+        assert meta['input']==PIXELS['uint8'] and meta['mean']==meta['std']==[.5, .5, .5] and meta['version'] and meta['torch']
     import onnx
     m = onnx.load(exported['onnx'])
     onnx.checker.check_model(m)
@@ -276,3 +276,27 @@ def test_data_of_the_run(data, model, tmp_path, monkeypatch):
     monkeypatch.setattr(cli_export, '_trained_on', lambda file: str(tmp_path/'gone'))
     reid_export(run/'model.safetensors', quiet=True)
     assert seen['checked_with'].startswith('synthetic-tiny') and len(seen['images'])==7
+
+
+# ---- the page
+
+def page(n):
+    "The `n`th Python block of the how-to"
+    text = (Path(__file__).parents[1]/'nbs'/'howto_export.md').read_text(encoding='utf-8')
+    return re.findall(r'```python\n(.*?)```', text, re.S)[n]
+
+def test_numpy_example(net, files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for o,f in zip(('query.jpg','a.jpg','b.jpg'), files): Path(o).write_bytes(f.read_bytes())
+    x = torch.from_numpy(np.stack([read_image(o, size) for o in ('query.jpg','a.jpg','b.jpg')]))
+    export_net(net, 'model.onnx', x, flip=True, normalize=True)
+    exec(page(0), space := {})
+    want = oracle(net, x, True, True)
+    np.testing.assert_allclose(space['query'] @ space['gallery'].T, want[:1] @ want[1:].T, atol=1e-2)  # Pillow may decode at another scale
+
+def test_deep_sort_example(net, images, tmp_path):
+    export_net(net, tmp_path/'a.onnx', images, pixels='opencv')
+    exec(page(1), space := {})
+    enc = space['ImageEncoder'](str(tmp_path/'a.onnx'))
+    assert tuple(enc.image_shape[:2])==size and enc.feature_dim==192 and enc(np.zeros((0, *size, 3), np.uint8)).shape==(0,192)
+    np.testing.assert_allclose(enc(as_taken(images, 'opencv'), batch_size=4), oracle(net, images), atol=1e-4)
