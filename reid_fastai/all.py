@@ -13,6 +13,7 @@ from .published import *
 from .optimizer import *
 from .learner import *
 from .interpret import *
+from .portable import *
 from .export import *
 from .config import *
 from .results import *

@@ -131,7 +131,7 @@ def _verify(pairs, folder, file, data, flip):
 # %% ../nbs/21_cli.ipynb #c11e0001
 @command(pos=['run','data'])
 def reid_eval(
-    run:str, # Run folder of `reid-train`, or a model.safetensors
+    run:str, # Run folder of `reid-train`, a model.safetensors, or a file of `reid-export`
     data:str=None, # 'synthetic', the folder of a dataset, or a CSV file; default: what the run was trained on
     flip:bool=True, # Average embeddings over image and mirror image
     metric:str='cosine', # 'cosine' or 'euclidean'

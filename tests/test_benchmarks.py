@@ -38,3 +38,8 @@ def test_how_many_identities(tmp_path):
 def test_retrieval_with_thresholds():
     res = run('benchmarks/retrieval.py', '--sizes', 'tiny', '--repeats', '1', '--verify')
     assert res.returncode==0 and 'equal error rate' in res.stdout and 'intervals' in res.stdout, res.stderr[-800:]
+
+def test_exported_networks():
+    __import__('pytest').importorskip('onnxruntime')
+    res = run('benchmarks/export.py', '--arch', 'test_resnet', '--size', '64', '32', '--bs', '2', '--rounds', '1', '--images', '4', '--threads', '1')
+    assert res.returncode==0 and '| ONNX int8 | 2 |' in res.stdout, res.stderr[-800:]

@@ -57,15 +57,15 @@ class SpatialInteraction(_Interaction):
         b,c,h,w = x.shape
         x = x.flatten(2)
         near = distance_weights(h, w, self.sigma_x, self.sigma_y, x.device).to(x.dtype)
-        s = ((x.mT@x / c**.5).softmax(2)*near).softmax(2)
-        return x @ s.mT
+        s = ((x.transpose(1, 2)@x / c**.5).softmax(2)*near).softmax(2)
+        return x @ s.transpose(1, 2)
 
 # %% ../../nbs/03e_models.ianet.ipynb #e7320d84
 class ChannelInteraction(_Interaction):
     "Each channel gathers the channels that are similar"
     def _aggregate(self, x):
         x = x.flatten(2)
-        return (x@x.mT).softmax(2) @ x
+        return (x@x.transpose(1, 2)).softmax(2) @ x
 
 def interaction_aggregation(
     n_channels:int, # Channels of the map

@@ -31,8 +31,8 @@ class RelationAttention(nn.Module):
     def forward(self,
         x:torch.Tensor # (b, n_features, n_nodes, 1)
     ) -> torch.Tensor: # (b, 1, n_nodes, 1) in (0, 1)
-        r = self.theta(x).squeeze(3).mT @ self.phi(x).squeeze(3)
-        both = torch.cat([r.mT, r], 1)[...,None]
+        r = self.theta(x).squeeze(3).transpose(1, 2) @ self.phi(x).squeeze(3)
+        both = torch.cat([r.transpose(1, 2), r], 1)[...,None]
         return self.weigh(torch.cat([self.g(x).mean(1, keepdim=True), self.relations(both)], 1)).sigmoid()
 
 # %% ../../nbs/03d_models.rga.ipynb #2ef61764
@@ -50,7 +50,7 @@ class SpatialChannelAttention(nn.Module):
     ) -> torch.Tensor: # The same shape
         b,c,h,w = x.shape
         x = x * self.spatial(x.reshape(b, c, h*w, 1)).reshape(b, 1, h, w)
-        return x * self.channel(x.reshape(b, c, h*w).mT[...,None]).reshape(b, c, 1, 1)
+        return x * self.channel(x.reshape(b, c, h*w).transpose(1, 2)[...,None]).reshape(b, c, 1, 1)
 
 # %% ../../nbs/03d_models.rga.ipynb #f03855c5
 class RGAHead(ObjectiveHead):
