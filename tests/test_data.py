@@ -166,7 +166,7 @@ def test_folders_of_people(tmp_path):
     assert names==[o.split('/')[1] for o in s.df.path] and min(s.pid_names)==1
     assert not s.has_cameras and s.df.camid.is_unique and 'No cameras are known' in repr(s)
     (tmp_path/'own'/'train'/'stray.jpg').touch()
-    with pytest.raises(ValueError, match='stray.jpg is in no folder'): read_dataset(tmp_path/'own')
+    with pytest.raises(ValueError, match='stray.jpg is not in the folder of an identity'): read_dataset(tmp_path/'own')
 
 def test_table_and_folders_agree(tmp_path):
     root = make_own(tmp_path/'own')
@@ -818,7 +818,7 @@ def test_folders_that_cannot_be_read(market, tmp_path, monkeypatch):
     for f in (read_dataset, Market1501, detect_layout): says(lambda: f(tmp_path/('x'*5000)), 'xxx')
     says(lambda: read_dataset('x'*5000+'.csv'), 'xxx')
     says(lambda: read_dataset(f'{"x/"*2500}'), 'x/x')
-    says(lambda: read_dataset('/dev/null'), '/dev/null', 'no folder')
+    says(lambda: read_dataset('/dev/null'), '/dev/null', 'not a folder')
     for o in range(40): (tmp_path/'many'/f'{"long name "*20}{o}').mkdir(parents=True)
     s = says(lambda: read_dataset(tmp_path/'many'), 'many', *(l.name for l in layouts))
     for o in range(30): touch(tmp_path/'sets'/(f'market {o}'*3), *(f'{d}/{NAMES[Market1501]}' for d in ('bounding_box_train','query','bounding_box_test')))
