@@ -37,9 +37,9 @@ def test_tiny(tmp_path):
 
 def test_complete_folder_is_returned_at_once(tmp_path, monkeypatch):
     p = make_synthetic(tmp_path/'t', tiny=True)
-    monkeypatch.setattr(synthetic, '_render', lambda *a: pytest.fail('rendered again'))
+    monkeypatch.setattr(synthetic, '_render', lambda *a: pytest.fail('render it again'))
     assert make_synthetic(p, tiny=True)==p
-    with pytest.raises(ValueError, match='is not the benchmark asked for'): make_synthetic(p, tiny=True, seed=1)
+    with pytest.raises(ValueError, match='is not the requested benchmark'): make_synthetic(p, tiny=True, seed=1)
 
 def test_interrupted_rendering_leaves_nothing(tmp_path, monkeypatch):
     take,n = synthetic._take,[]
