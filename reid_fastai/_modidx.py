@@ -1459,6 +1459,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'reid_fastai.tables.network_costs': ('tables.html#network_costs', 'reid_fastai/tables.py'),
                                     'reid_fastai.tables.paper_table': ('tables.html#paper_table', 'reid_fastai/tables.py'),
                                     'reid_fastai.tables.published_figures': ('tables.html#published_figures', 'reid_fastai/tables.py')},
-            'reid_fastai.test_utils': { 'reid_fastai.test_utils.tiny_dls': ('test_utils.html#tiny_dls', 'reid_fastai/test_utils.py'),
+            'reid_fastai.test_utils': { 'reid_fastai.test_utils.refused': ('test_utils.html#refused', 'reid_fastai/test_utils.py'),
+                                        'reid_fastai.test_utils.tiny_dls': ('test_utils.html#tiny_dls', 'reid_fastai/test_utils.py'),
                                         'reid_fastai.test_utils.tiny_learner': ( 'test_utils.html#tiny_learner',
                                                                                  'reid_fastai/test_utils.py')}}}

@@ -164,9 +164,9 @@ def test_folders_of_people(tmp_path):
     assert (len(s.train), len(s.query), len(s.gallery))==(13,2,4) and s.name=='Folders'
     names = [s.pid_names[o] for o in s.df.pid]
     assert names==[o.split('/')[1] for o in s.df.path] and min(s.pid_names)==1
-    assert not s.has_cameras and s.df.camid.is_unique and 'No cameras are known' in repr(s)
+    assert not s.has_cameras and s.df.camid.is_unique and 'Cameras are unknown' in repr(s)
     (tmp_path/'own'/'train'/'stray.jpg').touch()
-    with pytest.raises(ValueError, match='stray.jpg is in no folder'): read_dataset(tmp_path/'own')
+    with pytest.raises(ValueError, match='stray.jpg is not in the folder of an identity'): read_dataset(tmp_path/'own')
 
 def test_table_and_folders_agree(tmp_path):
     root = make_own(tmp_path/'own')
@@ -188,7 +188,7 @@ def test_bad_tables(tmp_path):
         df.to_csv(table, index=False)
         with pytest.raises(ValueError, match=match): read_dataset(table)
     refused(df.drop(columns='pid'), "columns \\['pid'\\] are missing")
-    refused(df.assign(pid=[None,*df.pid[1:]]), '1 rows have no `pid`, the first of them is row 0')
+    refused(df.assign(pid=[None,*df.pid[1:]]), '1 rows have no `pid`, the first is row 0')
     refused(df.assign(camid=[None]+[1]*(len(df)-1)), 'no `camid`.*leave the column out')
     refused(df.assign(camid=-1), 'camera -1')
     refused(df.assign(path=['gone.jpg',*df.path[1:]]), '1 of 19 images do not exist, such as .*gone.jpg')
@@ -209,7 +209,7 @@ def test_without_cameras_only_the_query_itself_is_ignored(tmp_path):
     res = search(torch.eye(len(t)), t)
     assert res.n_matches.tolist()==[2,1]
     assert list(t.split)==['query']*2+['gallery']*6
-    assert 'No cameras are known' in repr(dls.splits)
+    assert 'Cameras are unknown' in repr(dls.splits)
     decoded = {str(o[1]) for b in dls.valid for o in dls.valid.decode_batch(b)}
     assert decoded=={'eve','joe','zoe'}
 
@@ -274,7 +274,7 @@ def test_identities_are_drawn_evenly():
     assert n.min()>270 and n.max()<330 # 300 each, however many images they have
 
 def test_left_out_warns():
-    with pytest.warns(UserWarning, match='2 of 5 identities have fewer than 3 images; they are left out of the batches'):
+    with pytest.warns(UserWarning, match='2 of 5 identities have fewer than 3 images and are skipped'):
         PKSampler([1,1,2,2]+[3]*3+[4]*4+[5]*5, 2, 3)
 
 # --- augmentation
@@ -818,7 +818,7 @@ def test_folders_that_cannot_be_read(market, tmp_path, monkeypatch):
     for f in (read_dataset, Market1501, detect_layout): says(lambda: f(tmp_path/('x'*5000)), 'xxx')
     says(lambda: read_dataset('x'*5000+'.csv'), 'xxx')
     says(lambda: read_dataset(f'{"x/"*2500}'), 'x/x')
-    says(lambda: read_dataset('/dev/null'), '/dev/null', 'no folder')
+    says(lambda: read_dataset('/dev/null'), '/dev/null', 'not a folder')
     for o in range(40): (tmp_path/'many'/f'{"long name "*20}{o}').mkdir(parents=True)
     s = says(lambda: read_dataset(tmp_path/'many'), 'many', *(l.name for l in layouts))
     for o in range(30): touch(tmp_path/'sets'/(f'market {o}'*3), *(f'{d}/{NAMES[Market1501]}' for d in ('bounding_box_train','query','bounding_box_test')))

@@ -61,7 +61,7 @@ def test_refusals(outcome, n):
     for rank in range(n):
         got = outcome('refused', n, rank)
         sizes,epochs,data = got['messages']
-        assert re.match(f'n_pids=5: that many identities cannot be divided evenly among {n} processes. Use n_pids=4 or {8 if n==4 else 6}, or one of 5 processes.$', sizes)
+        assert re.match(f'n_pids=5: cannot be divided evenly among {n} processes. Use n_pids=4 or {8 if n==4 else 6}, or one of 5 processes.$', sizes)
         assert epochs.startswith('Epochs: 1 in process 0, 2 in process 1.') and data.startswith('The dataset: ') and 'in process 1' in data
         assert got['bs']==16 and all(len(o)<300 and '\n' not in o for o in got['messages'])
     assert not outcome('refused', 1)['messages']
@@ -135,7 +135,7 @@ def test_a_killed_process(jobs, rank):
     job,again,d = jobs.all[f'kill {rank}'],jobs.all[f'resume {rank}'],jobs.dir/f'kill{rank}'
     assert job.codes[rank]==-9 and job.codes[1-rank]==2 and job.seconds<20
     said = job.err[1-rank].splitlines()
-    assert said==[f'reid-train: error: Another process of this work has ended, so that it cannot go on. The run is kept in kill{rank}; `reid-train --resume kill{rank}` goes on.']
+    assert said==[f'reid-train: error: Another process of this group has ended, so this one cannot continue. The run is kept in kill{rank}; `reid-train --resume kill{rank}` goes on.']
     assert set(again.codes)=={0} and len(pd.read_csv(d/'metrics.csv'))==3, again.err
     whole = jobs.dir/'two'
     if rank: assert (d/'model.safetensors').read_bytes()==(whole/'model.safetensors').read_bytes() and figures(d)==figures(whole)

@@ -14,7 +14,7 @@ from pretend_gpu import pretend_gpu
 from reid_fastai.files import load_tensors, save_tensors
 
 build = RetrievalResults.from_embeddings
-quiet = pytest.mark.filterwarnings('ignore:.*nobody to find')
+quiet = pytest.mark.filterwarnings('ignore:.*These queries are skipped')
 
 # --- oracle
 
@@ -223,14 +223,14 @@ def args(**kw): return {**dict(q_feats=np.eye(3), q_pids=[1,2,3], q_camids=[0]*3
     (dict(q_feats=np.full((3,3), np.nan)), 'q_feats: 3 of 3 rows hold NaN'), (dict(g_feats=np.diag([1,np.inf,1])), 'the first is row 1'),
     (dict(q_pids=[1,2]), r'q_pids: shape \(2,\) for 3'), (dict(q_camids=[1]*4), r'q_camids: shape \(4,\) for 3'),
     (dict(g_pids=[[1,2,3]]), r'g_pids: shape \(1, 3\) for 3'), (dict(g_camids=[]), 'g_camids'),
-    (dict(g_feats=np.eye(3)[:,:2]), '3 numbers an image, gallery features 2'),
+    (dict(g_feats=np.eye(3)[:,:2]), '3 numbers per image, gallery features 2'),
     (dict(g_feats=np.zeros((0,3)), g_pids=[], g_camids=[]), 'empty: 0 images'), (dict(g_pids=[-1]*3), 'empty: 3 images, 3 of them junk'),
     (dict(q_feats=np.zeros((0,3)), q_pids=[], q_camids=[]), 'query is empty'),
     (dict(g_pids=[4,5,6]), 'None of the 3 queries has a match'),
     (dict(g_camids=[0]*3), 'from another camera'), (dict(metric='l2'), "metric='l2'"), (dict(chunk_size=0), 'chunk_size=0'),
     (dict(q_pids=[1,2,.5]), 'integers or strings'),
     (dict(q_feats=np.ones(3)), 'images, numbers per image'), (dict(q_feats=np.zeros((3,0)), g_feats=np.zeros((3,0))), 'images, numbers per image'),
-    (dict(q_pids=['a','b','c']), 'of one kind'),
+    (dict(q_pids=['a','b','c']), 'both must be integers or both strings'),
     (dict(q_feats=1e20*np.eye(3, dtype=np.float32), g_feats=np.eye(3, dtype=np.float32), metric='euclidean'), 'overflows'),
 ], ids=str)
 def test_errors(kw, msg):
@@ -389,7 +389,7 @@ def test_rerank_of_an_earlier_version_is_refused(tmp_path):
     tensors,meta = load_tensors(tmp_path/'r')
     del meta['original']
     save_tensors(tmp_path/'old', tensors, meta)
-    with pytest.raises(ValueError, match='old: re-ranked by an earlier version.*anew'): RetrievalResults.load(tmp_path/'old')
+    with pytest.raises(ValueError, match='old: re-ranked by an earlier version.*again'): RetrievalResults.load(tmp_path/'old')
 
 # --- pictures
 

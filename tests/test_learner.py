@@ -196,7 +196,7 @@ def test_monitors(dls, cb, tmp_path):
     for f in (lambda: fit(learn, 2, 'fit', 1e-3, cbs=cb()), lambda: learn.add_cb(cb()).lr_find(show_plot=False, num_it=2)):
         with pytest.raises(ValueError, match=f"^{cb.__name__} monitors 'valid_loss'.*eval_every=1"): f()
     learn.remove_cb(cb)
-    for every,words in ((None,'after the last alone'), (2,'every 2 epochs')):
+    for every,words in ((None,'only after the last'), (2,'every 2 epochs')):
         learn.retrieval_metrics.every = every
         with pytest.raises(ValueError, match=f"^{cb.__name__} monitors 'mAP'.*{words}.*`eval_every=1`"): fit(learn, 3, 'fit', 1e-3, cbs=cb(monitor='mAP'))
     assert len(fit(learn, 1, 'fit', 1e-3, cbs=cb(monitor='mAP')).recorder.values)==1  # one epoch is the last

@@ -36,7 +36,7 @@ def count(m): return sum(p.numel() for p in m.parameters())
 
 def test_names():
     assert set(names)==set(methods) and [resolve_arch(n) for n in names]==names
-    with pytest.raises(ValueError, match="Close to it: .*'osnet_x1_0'"): resolve_arch('osnet_x10')
+    with pytest.raises(ValueError, match="Similar names: .*'osnet_x1_0'"): resolve_arch('osnet_x10')
 
 # --- as published
 

@@ -157,7 +157,7 @@ def test_defaults_and_refusals(monkeypatch, capsys, tmp_path):
     with pytest.raises(ValueError, match='one of'): RunConfig(precision='fp8')
     with pytest.raises(ValueError, match='True or False'): RunConfig(compile='yes')
     monkeypatch.setattr(precision, 'supports_precision', lambda o, device: o=='fp32')
-    with pytest.raises(ValueError, match='this CPU does not compute in fp16'): small().to_fp16().fit(1)
+    with pytest.raises(ValueError, match='this CPU does not support fp16'): small().to_fp16().fit(1)
     for args in ['--precision','fp8'],['--precision','fp16','--device','cpu']:
         assert run_command(reid_train, [*args, '--out', str(tmp_path/'r')], 'reid-train', ['data'])==2
         err = capsys.readouterr().err

@@ -37,9 +37,9 @@ def test_tiny(tmp_path):
 
 def test_complete_folder_is_returned_at_once(tmp_path, monkeypatch):
     p = make_synthetic(tmp_path/'t', tiny=True)
-    monkeypatch.setattr(synthetic, '_render', lambda *a: pytest.fail('rendered again'))
+    monkeypatch.setattr(synthetic, '_render', lambda *a: pytest.fail('render it again'))
     assert make_synthetic(p, tiny=True)==p
-    with pytest.raises(ValueError, match='is not the benchmark asked for'): make_synthetic(p, tiny=True, seed=1)
+    with pytest.raises(ValueError, match='is not the requested benchmark'): make_synthetic(p, tiny=True, seed=1)
 
 def test_interrupted_rendering_leaves_nothing(tmp_path, monkeypatch):
     take,n = synthetic._take,[]
@@ -63,7 +63,7 @@ def test_second_to_finish_takes_the_first(tmp_path, monkeypatch):
 
 def test_foreign_folder_is_left_alone(tmp_path):
     (tmp_path/'mine').write_text('precious')
-    with pytest.raises(ValueError, match='Name another folder'): make_synthetic(tmp_path, tiny=True)
+    with pytest.raises(ValueError, match='Pass another folder'): make_synthetic(tmp_path, tiny=True)
     assert (tmp_path/'mine').read_text()=='precious'
 
 def refused(f, *words):
@@ -93,5 +93,5 @@ def test_hostile_arguments(tmp_path):
     refused(lambda: make_synthetic(tmp_path/'file', tiny=True), 'file')
     p = make_synthetic(tmp_path/'d', tiny=True)
     (p/'synthetic.json').write_bytes(b'\xff\xfe')
-    refused(lambda: make_synthetic(p, tiny=True), 'Name another folder')
+    refused(lambda: make_synthetic(p, tiny=True), 'Pass another folder')
     assert not (tmp_path/'t').exists()

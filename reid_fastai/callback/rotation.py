@@ -20,21 +20,21 @@ from ..rotation import *
 
 # %% ../../nbs/12a_callback.rotation.ipynb #b63a4682
 class RotationControl(ArrayHistory):
-    "After each step of the optimizer, turn scale-invariant arrays by a given angle and keep their norms"
-    order = 100  # after what clips gradients and what skips steps
-    names,_olds = None,None  # of the arrays to turn, None until they are found; those arrays before a step
+    "Turn scale-invariant arrays by a given angle at each optimizer step and keep their norms"
+    order = 100  # after the callbacks that clip gradients or skip steps
+    names,_olds = None,None  # names of the arrays to turn, None until they are found; copies of those arrays before a step
     def __init__(self,
         lam:float=.01, # λ > 0, which sets the angle
-        angle:str|Callable='sqrt', # 'sqrt' for √(2ηλ) radians a step, 'linear' for λη, or a function of the share of the training that is done, such as `SchedCos(.01, 0)`
-        per_channel:bool=False, # Whether each output channel turns by that angle, instead of the array as a whole
-        keep:str='both', # What is prescribed: 'both', or 'angle' or 'norm' alone
-        arrays:str|list|None=None, # Kinds, or names with wildcards, of the arrays to turn; None: those that are found to be scale-invariant
+        angle:str|Callable='sqrt', # 'sqrt' for √(2ηλ) radians per step, 'linear' for λη, or a function of the fraction of training done, such as `SchedCos(.01, 0)`
+        per_channel:bool=False, # Whether each output channel turns by that angle, instead of the whole array
+        keep:str='both', # What the callback controls: 'angle', 'norm' or 'both'
+        arrays:str|list|None=None, # Kinds, or names with wildcards, of the arrays to turn; None: arrays found to be scale-invariant
         exclude:str|list=() # Kinds, or names with wildcards, of arrays not to turn
     ):
         super().__init__()
         check_strength('lam', lam, '> 0')
-        if isinstance(lam, dict): raise ValueError(f'lam={lam}: one number is needed, the same for all arrays. Choose arrays with `arrays` and `exclude`.')
-        if not callable(angle) and angle not in ('sqrt','linear'): raise ValueError(f"angle={angle!r}: 'sqrt', 'linear' or a schedule such as SchedCos(.01, 0) is needed.")
+        if isinstance(lam, dict): raise ValueError(f'lam={lam}: needed one number for all arrays. Choose arrays with `arrays` and `exclude`.')
+        if not callable(angle) and angle not in ('sqrt','linear'): raise ValueError(f"angle={angle!r}: needed 'sqrt', 'linear' or a schedule such as SchedCos(.01, 0).")
         if keep not in KEEPS: raise ValueError(f'keep={keep!r}: it must be one of {list(KEEPS)}.')
         store_attr()
 
@@ -53,19 +53,19 @@ def _find(self:RotationControl):
     "Names of the scale-invariant arrays, without `exclude`"
     with torch.autocast(first(self.regularizer.arrays).device.type, enabled=False): found = scale_invariant(self.learn.model, *self.xb)
     found = [n for n in found if n in self._named()]
-    if not found: warnings.warn('RotationControl turns nothing: no kernel of the network is scale-invariant, as one before a normalisation is. Name those to turn with `arrays`.')
+    if not found: warnings.warn('RotationControl turns nothing: no kernel of the network is scale-invariant (followed by a normalisation). Name arrays to turn with `arrays`.')
     return found
 
 @patch
 def _spare(self:RotationControl, names):
-    "Tell all regularisers which arrays are turned"
+    "Exclude the turned arrays from all regularisers"
     self.names = names
     for cb in L(getattr(self.learn, 'cbs', None)):
         if isinstance(cb, ArrayHistory) and cb.regularizer: cb.regularizer.spared = {*L(names)}
 
 @patch
 def before_fit(self:RotationControl):
-    if [cb for cb in self.learn.cbs if isinstance(cb, RotationControl)]!=[self]: raise ValueError('Two callbacks would turn the same arrays. Leave one RotationControl in; AutoL2 brings its own.')
+    if [cb for cb in self.learn.cbs if isinstance(cb, RotationControl)]!=[self]: raise ValueError('Two callbacks would turn the same arrays. Keep one RotationControl; AutoL2 includes one.')
     old = self.regularizer
     self._build(self.learn)
     names = self.names if self.regularizer is old else None
@@ -74,7 +74,7 @@ def before_fit(self:RotationControl):
 @patch
 def before_batch(self:RotationControl):
     if self.names is not None: return
-    self._spare(by_leader(self._find)())  # parts of a batch could lead processes to different arrays
+    self._spare(by_leader(self._find)())  # processes see different parts of a batch and could find different arrays
 
 # %% ../../nbs/12a_callback.rotation.ipynb #f32ea035
 @patch
@@ -103,12 +103,12 @@ def after_step(self:RotationControl):
 
 # %% ../../nbs/12a_callback.rotation.ipynb #725e5ca1
 class AutoL2(AdaptiveL2):
-    "Rotation control of the scale-invariant arrays, adaptive L2 of the others"
+    "Rotation control for the scale-invariant arrays, adaptive L2 for the others"
     def __init__(self,
-        lam:float=.01, # λ of the rotation, √(2ηλ) radians a step
+        lam:float=.01, # λ of the rotation, √(2ηλ) radians per step
         amplitude:float|dict=5e-3, # A of adaptive L2
         exclude:str|list=(), # Kinds, or names with wildcards, of arrays to leave out of the penalty
-        **kwargs # For `RotationControl`
+        **kwargs # Other arguments of `RotationControl`
     ):
         super().__init__(amplitude, exclude)
         self.rotation = RotationControl(lam, **kwargs)

