@@ -6,7 +6,7 @@
 __all__ = ['PIXELS', 'SUFFIXES', 'to_pixels', 'PortableNet', 'check_export', 'export_net', 'is_portable', 'read_portable',
            'Portable']
 
-# %% ../nbs/17a_portable.ipynb #56edb765
+# %% ../nbs/17a_portable.ipynb #834d5785
 import copy,io,json,tempfile,warnings,zipfile
 from contextlib import contextmanager
 from importlib import import_module
@@ -23,7 +23,7 @@ from .core import brief,unwrap
 from .files import atomic_write,check_writable,checksum,read_bytes
 from .models import ReIDNet
 
-# %% ../nbs/17a_portable.ipynb #860fc037
+# %% ../nbs/17a_portable.ipynb #d76b1a09
 _mean,_std = (.485,.456,.406),(.229,.224,.225)
 
 #: What an exported network takes, by name
@@ -45,7 +45,7 @@ def to_pixels(
     mean,std = _stats() if pixels=='imagenet' else (0, 1)
     return (x.float()/255-mean)/std
 
-# %% ../nbs/17a_portable.ipynb #dd9b6286
+# %% ../nbs/17a_portable.ipynb #f6035f24
 def _averaged(net, x, flip, normalize):
     "Embeddings of images in [0, 1]"
     emb = (net(x)+net(x.flip(3)))/2 if flip else net(x)
@@ -73,7 +73,7 @@ class PortableNet(nn.Module):
         x = x*self.scale+self.shift if self.pixels=='imagenet' else x if self.pixels=='unit' else x.float()/255
         return _averaged(self.net, x, self.flip, self.normalize)
 
-# %% ../nbs/17a_portable.ipynb #8cf1606c
+# %% ../nbs/17a_portable.ipynb #cbd3fce0
 SUFFIXES = dict(onnx='.onnx', torchscript='.torchscript', pt2='.pt2')
 _opset,_key,_tol = 17,'reid_fastai',1e-4
 
@@ -101,7 +101,7 @@ def _tail(text):
 def _digest(model, meta): return checksum(model+json.dumps(meta, sort_keys=True).encode())
 def _sealed(model, meta): return model+_tail(json.dumps(dict(meta, sha256=_digest(model, meta))))
 
-# %% ../nbs/17a_portable.ipynb #d77c4799
+# %% ../nbs/17a_portable.ipynb #b9ba01d5
 def _to_onnx(m, x):
     f = io.BytesIO()
     torch.onnx.export(m, (x,), f, dynamo=False, opset_version=_opset, input_names=['images'], output_names=['embeddings'],
@@ -130,7 +130,7 @@ def _runner(data, format, device='cpu'):
     s = ort.InferenceSession(data, opts, providers=[gpu]*(torch.device(device).type=='cuda' and gpu in ort.get_available_providers())+['CPUExecutionProvider'])
     return lambda x: torch.from_numpy(s.run(None, {'images': x.numpy()})[0])
 
-# %% ../nbs/17a_portable.ipynb #2db3fc54
+# %% ../nbs/17a_portable.ipynb #429ca8ca
 def _cosine(a, b): return F.cosine_similarity(a, b).mean().item()
 
 def _difference(run, m, images):
@@ -162,7 +162,7 @@ def check_export(
         try: read_portable(path)
         except ValueError as e: raise ValueError(f'{brief(path, 120)} exists already, and is not replaced, as it is no intact file of reid-export. Delete it, or name another file.') from e
 
-# %% ../nbs/17a_portable.ipynb #f6172be0
+# %% ../nbs/17a_portable.ipynb #2cae831e
 def _to_int8(model, batches):
     "Weights and maps of 8 bits; the ranges of the maps are those of `batches`"
     q = _need('onnxruntime.quantization')
@@ -177,7 +177,7 @@ def _to_int8(model, batches):
         q.quantize_static(b, c, Reader(), per_channel=True, activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8)
         return Path(c).read_bytes()
 
-# %% ../nbs/17a_portable.ipynb #65d8b17d
+# %% ../nbs/17a_portable.ipynb #85a44e32
 def export_net(
     net:ReIDNet, # From `build_reid_net` or `load_model`
     path:str|Path, # File to write, or to replace if it is one of these
@@ -207,7 +207,7 @@ def export_net(
     atomic_write(path, _sealed(data, meta) if format=='onnx' else data)
     return dict(meta, difference=diff, cosine=cos)
 
-# %% ../nbs/17a_portable.ipynb #816ef70f
+# %% ../nbs/17a_portable.ipynb #125581c4
 def _meta_of_zip(path, data):
     "Metadata of a file of TorchScript or `torch.export`, whose parts have checksums"
     try:
@@ -245,7 +245,7 @@ def read_portable(
     if not isinstance(meta, dict) or 'pixels' not in meta: raise ValueError(f'{path} is no file of reid-export: it does not say which pixels it takes. Export the model with reid-export.')
     return {**meta, 'size': tuple(meta['size'])},data
 
-# %% ../nbs/17a_portable.ipynb #b14449d7
+# %% ../nbs/17a_portable.ipynb #62281682
 class Portable:
     "An exported network that computes"
     def __init__(self,
