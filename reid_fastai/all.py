@@ -14,6 +14,9 @@ from .optimizer import *
 from .learner import *
 from .interpret import *
 from .export import *
+from .search_results import *
+from .gallery_table import *
+from .gallery import *
 from .config import *
 from .runs import *
 from .experiments import *

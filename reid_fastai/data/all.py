@@ -3,4 +3,5 @@ from .synthetic import *
 from .sampler import *
 from .augment import *
 from .image import *
+from .boxes import *
 from .block import *

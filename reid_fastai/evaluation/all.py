@@ -1,3 +1,4 @@
 from .distances import *
 from .metrics import *
+from .nearest import *
 from .rerank import *
