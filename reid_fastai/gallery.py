@@ -120,7 +120,7 @@ def _embed(self:Gallery, images, boxes=None):
     boxes,feats,thumbs = ifnone(boxes, [None]*len(images)),[],[]
     check_boxes(images, boxes)
     crops = crop_boxes(images, boxes, max(self.embedder.size))
-    for o in progress(chunked(crops, 64), 'Embedding', -(-len(images)//64)):
+    for o in chunked(crops, 64) if len(images)<=64 else progress(chunked(crops, 64), 'Embedding', -(-len(images)//64)):
         feats.append(self.embedder(o))
         thumbs += map(thumbnail, o)
     return self._vectors(torch.cat(feats), 'images'),thumbs

@@ -47,12 +47,13 @@ class SearchResults:
         self.df = df.assign(match=[None if pd.isna(a) or pd.isna(b) else a==b for a,b in zip(pid, df.pid)])
 
     def __len__(self): return len(self.queries)
-    def __repr__(self): return f'{len(self)} photo{"s"*(len(self)!=1)}, {self.how}\n{self.df[self._shown].to_string(index=False, max_rows=20, max_colwidth=40, float_format="%.4f")}'
+    def __repr__(self): return f'{len(self)} photo{"s"*(len(self)!=1)}, {self.how}\n{self._brief.to_string(index=False, max_rows=20, float_format="%.4f")}'
 
     @property
-    def _shown(self):
-        "Columns that hold anything"
-        return [c for c in self.df if c in ('query','rank','distance','path') or self.df[c].notna().any()]
+    def _brief(self):
+        "Columns that hold anything, and names of files without their folders"
+        df = self.df[[c for c in self.df if c in ('query','rank','distance','path') or self.df[c].notna().any()]]
+        return df.assign(path=df.path.map(_name))
 
 # %% ../nbs/18b_search_results.ipynb #18cb1f0c
 @patch
