@@ -11,7 +11,8 @@ def words(k): return cfg[k].split()
 setup(
     description=cfg['description'], author=cfg['author'],
     license_expression=cfg['license'], keywords=words('keywords'), install_requires=words('requirements'),
-    extras_require=dict(distributed=words('distributed_requirements'), pretrained=words('pretrained_requirements'), docs=words('docs_requirements'),
-        dev=words('dev_requirements')+words('docs_requirements')+words('pretrained_requirements')),
+    extras_require=dict(distributed=words('distributed_requirements'), pretrained=words('pretrained_requirements'),
+        search=words('search_requirements'), docs=words('docs_requirements'),
+        dev=words('dev_requirements')+words('docs_requirements')+words('pretrained_requirements')+words('search_requirements')),
     entry_points=dict(console_scripts=words('console_scripts'), nbdev=['reid_fastai=reid_fastai._modidx:d']),
 )

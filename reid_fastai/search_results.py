@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from fastcore.all import *
-from PIL import Image,ImageDraw,ImageFont
+from PIL import Image,ImageDraw,ImageFont,ImageOps
 from .core import brief
 from .data.image import open_image
 from .files import atomic_write,read_json
@@ -33,6 +33,9 @@ def thumbnail(
     return b.getvalue()
 
 # %% ../nbs/18b_search_results.ipynb #e2073c5b
+def _known(o): return '' if o is None or pd.isna(o) else str(o)
+def _name(path, other=''): return Path(path).name if _known(path) else other
+
 class SearchResults:
     "The nearest images of each photo"
     def __init__(self,
@@ -118,8 +121,7 @@ def _draw(sheet, at, thumb, lines, colour='#404040'):
         while o and dr.textlength(o, font=_font(11))>_cell[0]-6: o = o[:-2].rstrip('…')+'…'
         dr.text((x+4, y+2+15*i), o, fill=colour, font=_font(11))
     if thumb is None: return
-    im = open_image(thumb)
-    im.thumbnail((_cell[0]-10, _cell[1]-_text-10))
+    im = ImageOps.contain(open_image(thumb), (_cell[0]-10, _cell[1]-_text-10))
     left,top = x+(_cell[0]-im.width)//2,y+_text
     dr.rectangle([left-3, top-3, left+im.width+2, top+im.height+2], fill=colour)
     sheet.paste(im, (left,top))
@@ -136,9 +138,6 @@ def sheet(self:SearchResults
         _draw(res, (row['rank'],row['query']), thumb, [f'{row["distance"]:.4f} {_mark(row)}', _known(row['pid']) or _name(row['path'])],
               '#404040' if match is None else _right if match else _wrong)
     return res
-
-def _known(o): return '' if o is None or pd.isna(o) else str(o)
-def _name(path, other=''): return Path(path).name if _known(path) else other
 
 @patch
 def to_png(self:SearchResults,
