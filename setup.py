@@ -11,7 +11,7 @@ def words(k): return cfg[k].split()
 setup(
     description=cfg['description'], author=cfg['author'],
     license_expression=cfg['license'], keywords=words('keywords'), install_requires=words('requirements'),
-    extras_require=dict(distributed=words('distributed_requirements'), export=words('export_requirements'), pretrained=words('pretrained_requirements'), docs=words('docs_requirements'),
-        dev=words('dev_requirements')+words('docs_requirements')+words('export_requirements')+words('pretrained_requirements')),
+    extras_require={k: words(f'{k}_requirements') for k in ('distributed','export','pretrained','search','docs')}|dict(
+        dev=[o for k in ('dev','docs','export','pretrained','search') for o in words(f'{k}_requirements')]),
     entry_points=dict(console_scripts=words('console_scripts'), nbdev=['reid_fastai=reid_fastai._modidx:d']),
 )

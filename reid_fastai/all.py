@@ -15,6 +15,9 @@ from .learner import *
 from .interpret import *
 from .portable import *
 from .export import *
+from .search_results import *
+from .gallery_table import *
+from .gallery import *
 from .config import *
 from .results import *
 from .runs import *

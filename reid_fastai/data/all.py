@@ -4,4 +4,5 @@ from .synthetic import *
 from .sampler import *
 from .augment import *
 from .image import *
+from .boxes import *
 from .block import *

@@ -240,16 +240,19 @@ def _parse(text):
     odd = [f'{o!r} is `{_plain(o)}`' for o in (o.removeprefix('"').removesuffix('"') for o in columns) if o!=_plain(o)]
     return df, ([f'columns are separated by {_seps[sep]}'] if sep!=',' else []) + odd
 
+def _read_table(path):
+    "Table in the CSV file `path`, and a list of its peculiarities"
+    with _reading(path): data = path.read_bytes()
+    if b'\0' in data: raise ValueError(f'{brief(path)} contains NUL bytes: it is not text, or text in UTF-16. Save the table as CSV in UTF-8.')
+    try: return _parse(data.decode('utf-8-sig'))
+    except UnicodeDecodeError as e: raise ValueError(f'{brief(path)} is not UTF-8 text: byte {e.start} is {data[e.start]:#x}. Save the table as CSV in UTF-8.') from e
+    except (ValueError, pd.errors.ParserWarning) as e: raise ValueError(f'{brief(path)} cannot be read as a table: {brief(e, 140)}.') from e
+
 def read_csv(
     path:str|Path # CSV file with columns `path`, `pid`, `split` ('train', 'query' or 'gallery') and optionally `camid`
 ) -> ReIDSplits: # Table with paths relative to the folder of the file
     "Read a table of images from a CSV file"
-    path = Path(os.path.expanduser(path))
-    with _reading(path): data = path.read_bytes()
-    if b'\0' in data: raise ValueError(f'{brief(path)} contains NUL bytes: it is not text, or text in UTF-16. Save the table as CSV in UTF-8.')
-    try: df,odd = _parse(data.decode('utf-8-sig'))
-    except UnicodeDecodeError as e: raise ValueError(f'{brief(path)} is not UTF-8 text: byte {e.start} is {data[e.start]:#x}. Save the table as CSV in UTF-8.') from e
-    except (ValueError, pd.errors.ParserWarning) as e: raise ValueError(f'{brief(path)} cannot be read as a table: {brief(e, 140)}.') from e
+    df,odd = _read_table(path := Path(os.path.expanduser(path)))
     res = ReIDSplits(read_numbers(df), str(path), path.parent, [f'{path.name}: {", ".join(odd)}.'] if odd else [])
     res.name = path.stem
     if gone := [o for o in res.df.path if not os.path.isfile(path.parent/o)]:

@@ -1,5 +1,6 @@
 from .distances import *
 from .metrics import *
+from .nearest import *
 from .pairs import *
 from .verification import *
 from .rerank import *
