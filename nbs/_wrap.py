@@ -32,7 +32,7 @@ def _split_string(t, depth, room):
     quote = s[len(head)]
     if s[len(head):].startswith(quote*3): return None
     balanced = lambda o: 'f' not in head.lower() or o.count('{')==o.count('}')
-    cut = next((k for k in range(min(room, len(s)-2), len(head)+4, -1) if s[k]==' ' and balanced(s[:k])), None)
+    cut = next((k for k in range(min(room, len(s)-2), len(head)+3, -1) if s[k]==' ' and balanced(s[:k])), None)
     return cut and (cut+1, quote+('' if depth else ' \\'), head+quote)
 
 def _docstring(lines, i, t, width):
@@ -54,7 +54,7 @@ def _break(lines, i, toks, depths, width):
     cuts = []
     for (a,d),(b,e) in zip(here, here[1:]):
         at = b.start[1]
-        if at>width or at<=pad+4 or a.string in ('.', 'not', '**', '-') or b.string in (*_closing, ',', '.', ':', ')'): continue
+        if at>width+5*(a.string==':') or at<=pad+4 or a.string in ('.', 'not', '**', '-') or b.string in (*_closing, ',', '.', ':', ')'): continue
         inner = ' '*(deeper if starts else pad)
         if a.string==';' and not d and not (starts and here[0][0].string in _compound): cuts.append((0, at, line[:a.start[1]].rstrip(), ' '*pad+line[at:]))
         elif a.string==':' and not d and starts and here[0][0].string in _compound and b.type!=tokenize.COMMENT: cuts.append((-1, at, line[:at].rstrip(), ' '*(pad+4)+line[at:]))
@@ -63,10 +63,10 @@ def _break(lines, i, toks, depths, width):
         elif a.string in _opening and e: cuts.append((6+2*e, at, line[:at].rstrip(), inner+line[at:]))
         elif a.string in ('=', ':=') or iskeyword(a.string) or a.string==',' and not e: cuts.append((9+2*e, at, line[:at].rstrip()+('' if e else ' \\'), inner+line[at:]))
     for t,d in here:
-        if t.type==tokenize.STRING and t.end[1]>width and (s := _split_string(t, d, width-t.start[1]-2)):
+        if t.type==tokenize.STRING and t.end[1]>width and (s := _split_string(t, d, width-t.start[1]-4)):
             at = t.start[1]+s[0]
             cuts.append((7+2*d, at, line[:at]+s[1], ' '*(deeper if starts else pad)+s[2]+line[at:]))
-    cuts = [c for c in cuts if len(c[2])<=width and len(c[3])<len(line)]
+    cuts = [c for c in cuts if len(c[2])<=width+5*c[2].endswith(':') and len(c[3])<len(line)]
     # A compound statement goes below its colon first; else the outermost place, the later the better
     return [c[2:] for c in sorted(cuts, key=lambda c: c[0]-3*c[1]/width)]
 
@@ -90,6 +90,8 @@ def wrap(
         text = next((t for t in toks if t.type==tokenize.STRING and t.start[0]==t.end[0]==i+1), None)
         if note and not note.string.startswith('#|'): ways = [_above(lines, i, note, width)]
         else: ways = [o for o in [text and _docstring(lines, i, text, width)] if o] + _break(lines, i, toks, depths, width)
+        begin = next((lines[k] for k in range(i-1, -1, -1) if lines[k].strip() and len(lines[k])-len(lines[k].lstrip())<len(lines[i])-len(lines[i].lstrip())), '')
+        ways.append([' '*(len(begin)-len(begin.lstrip())+4)+lines[i].lstrip()])  # deeply indented below a bracket
         new = next((o for o in ways if list(o)!=[lines[i]] and _tree('\n'.join([*lines[:i], *o, *lines[i+1:]]))==tree), None)
         if new: lines[i:i+1] = new
         else: done.add(lines[i])

@@ -162,7 +162,8 @@ def run(self:Comparison
             for arm in sorted(self.arms, key=ALL_ARMS.index):
                 opts = {}
                 if arm=='annealed':
-                    lam = read_table(self.out/f'final-adaptive-{strengths["adaptive"]:.4g}-seed{seed}'/'lambdas.csv')
+                    adaptive = f'final-adaptive-{strengths["adaptive"]:.4g}-seed{seed}'
+                    lam = read_table(self.out/adaptive/'lambdas.csv')
                     opts['curve'] = lam.groupby('epoch').lam.mean().tolist()
                 self._train('final', self.splits, arm, seed, strengths.get(arm), **opts)
         self._report()
