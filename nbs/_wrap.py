@@ -1,5 +1,5 @@
 "Break the long lines of a page's code. The syntax tree of the result must be the same, except for white space in docstrings."
-import ast, io, textwrap, tokenize
+import ast, io, re, textwrap, tokenize
 from keyword import iskeyword
 
 _opening,_closing = '([{',')]}'
@@ -49,15 +49,17 @@ def _break(lines, i, toks, depths, width):
     here = [(t,d) for t,d in zip(toks, depths) if t.start[0]==i+1 and t.end[0]==i+1]
     if not here: return []
     deeper = pad+(8 if line.lstrip().startswith(('def ', 'class ', 'async ')) else 4)
-    begins = next((k for k,t in enumerate(toks) if t is here[0][0]), 0)
-    starts = not begins or toks[begins-1].end[0]<i+1 and not depths[begins] and not lines[i-1].endswith('\\')  # of a statement
+    is_first = lambda k: not k or toks[k-1].end[0]<toks[k].start[0] and not depths[k] and not lines[toks[k].start[0]-2].endswith('\\')
+    begins = toks.index(here[0][0])
+    starts = is_first(begins)  # of a statement
+    first = toks[next(k for k in range(begins, -1, -1) if is_first(k))]  # of the statement that the line belongs to
     cuts = []
     for (a,d),(b,e) in zip(here, here[1:]):
         at = b.start[1]
         if at>width+5*(a.string==':') or at<=pad+4 or a.string in ('.', 'not', '**', '-') or b.string in (*_closing, ',', '.', ':', ')'): continue
         inner = ' '*(deeper if starts else pad)
-        if a.string==';' and not d and not (starts and here[0][0].string in _compound): cuts.append((0, at, line[:a.start[1]].rstrip(), ' '*pad+line[at:]))
-        elif a.string==':' and not d and starts and here[0][0].string in _compound and b.type!=tokenize.COMMENT: cuts.append((-1, at, line[:at].rstrip(), ' '*(pad+4)+line[at:]))
+        if a.string==';' and not d and first.string not in _compound: cuts.append((0, at, line[:a.start[1]].rstrip(), ' '*pad+line[at:]))
+        elif a.string==':' and not d and first.string in _compound and b.type!=tokenize.COMMENT: cuts.append((-1, at, line[:at].rstrip(), ' '*(first.start[1]+4)+line[at:]))
         elif a.string==',' and e: cuts.append((1+2*e, at, line[:at].rstrip(), inner+line[at:]))
         elif b.string in _before and (b.string.isalpha() or line[at-1]==' '): cuts.append((2+2*e+(0 if b.string.isalpha() else 1)+(0 if e else 1.5), at, line[:at].rstrip()+('' if e else ' \\'), inner+line[at:]))
         elif a.string in _opening and e: cuts.append((6+2*e, at, line[:at].rstrip(), inner+line[at:]))
@@ -96,3 +98,28 @@ def wrap(
         if new: lines[i:i+1] = new
         else: done.add(lines[i])
     return '\n'.join(lines)
+
+def wrap_shell(
+    src:str, # Commands
+    width:int=95 # Characters that a line may have
+) -> str: # The same commands
+    "Break long commands before an option or an argument, and put comments at their end above them"
+    res = []
+    for line in src.split('\n'):
+        code,_,note = line.partition('  # ')
+        if len(line)>width and note and code.strip(): res.append(f'# {note.strip()}'); line = code.rstrip()
+        while len(line)>width:
+            at = max(line.rfind(' --', 0, width-2), -1)
+            if at<width//2: at = line.rfind(' ', 0, width-2)
+            if at<=4: break
+            res.append(line[:at]+' \\')
+            line = '    '+line[at+1:]
+        res.append(line)
+    return '\n'.join(res)
+
+def wrap_fences(
+    text:str # Markdown
+) -> str: # The same, with shorter lines in its blocks of Python and shell
+    "Break long lines of code in Markdown"
+    how = dict(python=wrap, py=wrap, sh=wrap_shell, bash=wrap_shell)
+    return re.sub(r'^(`{3,})(\w+)\n(.*?)^\1$', lambda m: f'{m[1]}{m[2]}\n{how[m[2]](m[3][:-1])}\n{m[1]}' if m[2] in how and m[3] else m[0], text, flags=re.S|re.M)
