@@ -217,6 +217,12 @@ def test_tutorials_lead_to_their_notebook(site):
             (to,) = re.findall(r'href="([^"]*\.ipynb)"', s)
             assert Path(to).name==Path(p).with_suffix('.ipynb').name and (site/p).parent.joinpath(to).exists()
 
+def test_help_of_commands(site):
+    "… is on the page of the command line, with options as a shell takes them"
+    page = bare((site/'21_cli.html').read_text(encoding='utf-8'))
+    for cmd,option in (('reid-train', '--n-pids'), ('reid-eval', '--features'), ('reid-compare', '--tune-pids'), ('reid-synth', '--tiny')):
+        assert option in page.split(f'usage: {cmd} ')[1].split('show this help message')[0], cmd
+
 def test_index_of_names(site):
     "Every public name is on the page, with a link to its entry"
     page = (site/'api.html').read_text(encoding='utf-8')
