@@ -208,7 +208,8 @@ def reid_compare(
     if table: return _paper_table(table, root, Path(ifnone(out, 'runs/paper-table')), seed, quiet, kwargs)
     if archs and kwargs.get('arch'): raise ValueError(f'--arch {kwargs["arch"]}: --archs {" ".join(archs)} names the networks. Leave one of the two out.')
     cfg = RunConfig(data, seed=seed, **kwargs)
-    out = Path(ifnone(out, Path('runs')/f'compare-{Path(cfg.data).stem.lower()}-{"networks" if archs else Path(cfg.arch).name}'))
+    of = 'networks' if archs else Path(cfg.arch).name
+    out = Path(ifnone(out, Path('runs')/f'compare-{Path(cfg.data).stem.lower()}-{of}'))
     if not archs: check_folder(out, 'comparison.json')
     with _quietly(quiet):
         args = dict(arms=arms, seeds=seeds, factors=factors, amplitudes=amplitudes, tune_pids=tune_pids, device=device, workers=workers, strengths=_strengths(strengths), tune_distractors=tune_distractors)

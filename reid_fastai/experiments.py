@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from fastcore.all import *
+from matplotlib.ticker import NullFormatter
 from scipy import stats
 
 from .callback.history import plot_lambda_hist
@@ -163,7 +164,8 @@ def run(self:Comparison
             for arm in sorted(self.arms, key=ALL_ARMS.index):
                 opts = {}
                 if arm=='annealed':
-                    lam = read_table(self.out/f'final-adaptive-{strengths["adaptive"]:.4g}-seed{seed}'/'lambdas.csv')
+                    adaptive = f'final-adaptive-{strengths["adaptive"]:.4g}-seed{seed}'
+                    lam = read_table(self.out/adaptive/'lambdas.csv')
                     opts['curve'] = lam.groupby('epoch').lam.mean().tolist()
                 self._train('final', self.splits, arm, seed, strengths.get(arm), **opts)
         self._report()
@@ -219,6 +221,9 @@ def plot_strengths(
             ax.plot(o.groupby('strength')[metric].mean(), c=c, lw=1)
             ax.scatter(o.strength, o[metric], edgecolors=c, facecolors=face, s=22, label=dict(tune='held out', final='test')[stage] if len(o) else None)
         ax.set(xscale='log', title=arm, xlabel=dict(conventional='λ', adaptive='A', lamb='learning rate').get(arm, 'strength'))
+        tried = sorted(runs.strength[runs.arm==arm].dropna().unique())
+        ax.set_xticks(tried, [f'{v:g}' for v in tried], rotation=45 if len(tried)>3 else 0)
+        ax.xaxis.set_minor_formatter(NullFormatter())
     axs[0].set_ylabel(f'{metric} (%)')
     axs[0].legend(frameon=False)
     return axs[0]
@@ -229,23 +234,35 @@ def plot_learning_curves(
     column:str='train_loss', # What to draw
     ax=None # Axis to draw on; None: a new one
 ) -> plt.Axes: # The axis
-    "A column of the training tables against the epoch: a line a run, a colour an arm"
+    "A column of the training tables against the epoch: a line a run; colour and style are the arm's, whose name is at the end"
     if ax is None: ax = plt.subplots(figsize=(4.5,3), layout='constrained')[1]
-    colors = {arm: f'C{i}' for i,arm in enumerate(uniqueify([*ALL_ARMS, *tables]))}  # an arm's own in every figure
+    order,ends = uniqueify([*ALL_ARMS, *tables]),{}  # colour and style are an arm's own in every figure
     for arm,dfs in tables.items():
-        for j,df in enumerate(dfs):
+        i = order.index(arm)
+        for df in dfs:
             o = df.dropna(subset=[column])
-            ax.plot(o.epoch, o[column], c=colors[arm], ls='--' if arm=='annealed' else '-', alpha=.8, marker='.', label=arm if j==0 else None)
+            # Later arms are thinner and broken, so that equal curves show both colours
+            ax.plot(o.epoch, o[column], c=f'C{i}', ls=('-','--',':','-.')[i%4], lw=(2.5,2,1.8,1.5)[i%4], alpha=.8, marker='.')
+            if len(o): ends.setdefault(arm, []).append((o.epoch.iloc[-1], o[column].iloc[-1]))
     ax.set(xlabel='epoch', ylabel=column.replace('_', ' '))
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(frameon=False)
+    _label_ends(ax, {a: np.mean(o, 0) for a,o in ends.items()}, {a: f'C{order.index(a)}' for a in ends})
     return ax
+
+def _label_ends(ax, ends, colors, gap=.08):
+    "Names at the right of `ax`, as high as the `ends` of their lines and at least `gap` of the axis apart"
+    low,high = ax.get_ylim()
+    ys = {k: (y-low)/(high-low) for k,(_,y) in sorted(ends.items(), key=lambda o: o[1][1])}
+    at,below = {},-1.
+    for k,y in ys.items(): at[k] = below = max(y, below+gap)
+    down = max(0., below-1)  # what stands out above
+    for k,y in at.items(): ax.annotate(k, (1.02, y-down), xycoords='axes fraction', color=colors[k], va='center', fontsize='small', annotation_clip=False)
 
 def plot_mean_lambda(
     histories:dict, # Arm -> `lambdas.csv` of its runs, as DataFrames
     ax=None # Axis to draw on; None: a new one
 ) -> plt.Axes: # The axis
-    "Mean of λ over all arrays against the epoch: a line a run, a colour an arm"
+    "Mean of λ over all arrays against the epoch: a line a run, colour and style an arm's"
     return plot_learning_curves({a: [h.groupby('epoch', as_index=False).lam.mean().rename(columns={'lam':'mean λ'}) for h in hs] for a,hs in histories.items()}, 'mean λ', ax)
 
 @patch

@@ -6,6 +6,7 @@
 __all__ = ['as_image', 'plot_ranked', 'plot_worst', 'plot_cmc', 'activation_maps']
 
 # %% ../nbs/17_interpret.ipynb #109d60ec
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -41,13 +42,13 @@ def _getter(imgs, n, name):
 # %% ../nbs/17_interpret.ipynb #1b864246
 _right,_wrong = '#2ca02c','#d62728'
 
-def _who(pid, camid): return f'id {pid}' + (f', cam {camid}' if isinstance(camid, str) or camid>=0 else '')  # negative: no camera is known
+def _who(pid, camid): return f'id {pid}' + (f'\ncam {camid}' if isinstance(camid, str) or camid>=0 else '')  # negative: no camera is known
 
 def _frame(ax, img, title, color='black'):
     "Draw `img` in a frame"
     ax.imshow(img, aspect='auto')
     ax.set(xticks=[], yticks=[])
-    ax.set_title(title, fontsize=7, color=color, pad=3)
+    ax.set_title(title, fontsize=8, color=color, pad=3)
     for s in ax.spines.values(): s.set(color=color, linewidth=2.5)
 
 def plot_ranked(
@@ -59,7 +60,7 @@ def plot_ranked(
     size:float=.8, # Width of an image, inches
     n:int=4 # How many queries, if `queries` is None
 ) -> np.ndarray: # (queries, k+1) axes
-    "Queries, and their nearest gallery images framed in green where right and red where wrong"
+    "Queries, and their nearest gallery images: right ones with ✓ and a green frame, wrong ones with ✗ and a red frame"
     if n<1: raise ValueError(f'n={n}: at least one query.')
     has,k = res.n_matches.nonzero()[0],min(k, len(res.g_pids))
     queries = np.array(ifnone(queries, has[np.linspace(0, len(has)-1, min(n, len(has))).astype(int)]), ndmin=1)
@@ -67,13 +68,15 @@ def plot_ranked(
         raise ValueError(f'queries={bad.tolist()}: there are {len(res)} queries, counted from 0.')
     q_img,g_img = _getter(q_imgs, len(res), 'q_imgs'),_getter(g_imgs, len(res.g_pids), 'g_imgs')
     (idxs,dists),ap = res.topk(k, queries),res.ap
-    fig,axs = plt.subplots(len(queries), k+1, figsize=((k+1)*size, len(queries)*size*2.6), squeeze=False, layout='constrained')
+    fig,axs = plt.subplots(len(queries), k+1, figsize=((k+1)*size, len(queries)*(2.05*size+.6)), squeeze=False, layout='constrained')
     for ax,q,idx,dist in zip(axs, queries, idxs.tolist(), dists.tolist()):
         _frame(ax[0], q_img(q), f'query {q}\n{_who(res.q_pids[q], res.q_camids[q])}')
-        ax[0].set_xlabel(f'AP {100*ap[q]:.0f} %' if res.n_matches[q] else 'no match', fontsize=7, labelpad=2)
+        ax[0].set_xlabel(f'AP {100*ap[q]:.0f} %' if res.n_matches[q] else 'no match', fontsize=8, labelpad=2)
         for a,i,d in zip(ax[1:], idx, dist):
             if i<0: a.axis('off')
-            else: _frame(a, g_img(i), f'{d:.3f}\n{_who(res.g_pids[i], res.g_camids[i])}', _right if res.is_match(q, i) else _wrong)
+            else:
+                mark,color = ('✓',_right) if res.is_match(q, i) else ('✗',_wrong)
+                _frame(a, g_img(i), f'{mark} {d:.3f}\n{_who(res.g_pids[i], res.g_camids[i])}', color)
     return axs
 
 # %% ../nbs/17_interpret.ipynb #2a2f9a11
@@ -97,8 +100,8 @@ def plot_cmc(
 ) -> plt.Axes: # The axis
     "Fraction of queries with a match among the first ranks"
     if ax is None: ax = plt.subplots(figsize=(4,3))[1]
-    for name,o in (res if isinstance(res, dict) else {'': res}).items():
-        ax.plot(range(1, k+1), 100*o.cmc(k), marker='.', label=f'{name} (mAP {100*o.mAP:.1f} %)'.strip())
+    for (name,o),ls in zip((res if isinstance(res, dict) else {'': res}).items(), cycle(('-','--',':','-.'))):
+        ax.plot(range(1, k+1), 100*o.cmc(k), ls=ls, marker='.', label=f'{name} (mAP {100*o.mAP:.1f} %)'.strip())
     ax.set(xlabel='rank', ylabel='queries matched, %')
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend()
@@ -150,8 +153,10 @@ def plot_activations(self:ReIDLearner,
     if not len(items): raise ValueError('No images to draw: `items` is empty or `n` is 0. Pass at least one image.')
     x = torch.cat([b[0] for b in self.dls.test_dl(items)])
     maps = torch.cat([activation_maps(self.model, o) for o in x.split(64)]).cpu()
-    if axs is None: axs = plt.subplots(2, len(x), figsize=(len(x)*size, 2*size*x.shape[2]/x.shape[3]), squeeze=False, layout='constrained')[1]
-    for (top,below),img,m in zip(np.asarray(axs).T, x, maps):
+    if axs is None: axs = plt.subplots(2, len(x), figsize=(len(x)*size+.8, 2*size*x.shape[2]/x.shape[3]), squeeze=False, layout='constrained')[1]
+    axs = np.asarray(axs)
+    for (top,below),img,m in zip(axs.T, x, maps):
         for ax in (top,below): ax.imshow(as_image(img)); ax.axis('off')
-        below.imshow(m, cmap='inferno', alpha=.6, vmin=0, vmax=1)
+        im = below.imshow(m, cmap='inferno', alpha=.6, vmin=0, vmax=1)
+    axs[0,0].figure.colorbar(im, ax=list(axs[1]), label='norm of the features,\nrelative to the largest', ticks=[0,.5,1])
     return axs

@@ -122,7 +122,7 @@ def compare_archs(
         n_params,n_madds = network_costs(o.cfg, splits.train.pid[lambda o: o!=JUNK_PID].nunique())
         table = comparison_table(runs)
         rows.append({'network': arch, 'parameters, M': f'{n_params/1e6:.2f}', 'multiply-adds, M': f'{n_madds/1e6:.0f}', 'images a second': f'{runs.images_per_second.mean():.0f}',
-                     'untrained mAP': f'{_untrained(o.out, splits, o.cfg, device, workers):.2f}',
+            'untrained mAP': f'{_untrained(o.out, splits, o.cfg, device, workers):.2f}',
                      **{f'{arm}, mAP / Rank-1': f'{table.mAP[arm]} / {table["Rank-1"][arm]}' for arm in table.index}, 'published': published_figures(arch, splits.name)})
         atomic_write(out/'table.md', markdown_table(pd.DataFrame(rows))+'\n')
     return pd.DataFrame(rows)

@@ -273,6 +273,32 @@ def test_lambdas_of_small_amplitudes_are_seen():
     img = np.ma.filled(ax.images[0].get_array(), np.nan)
     assert np.allclose(img[:,0][~np.isnan(img[:,0])], .5) and 'gamma' in ax.get_title()
 
+def _fallen(to, n=30, epochs=4):
+    "A history whose λ fall from 0.005 to between `to` and 0.005, evenly"
+    lam = lambda e: 5e-3-(5e-3-to)*np.linspace(0, 1, n)*e/epochs
+    return pd.concat([pd.DataFrame(dict(epoch=e, name=[f'w{i}' for i in range(n)], kind='kernel', lam=lam(e))) for e in range(epochs+1)])
+
+@pytest.mark.parametrize('to,zero', [(4.6e-3, False), (1e-3, True)])
+def test_axis_of_lambda_spans_what_occurred(to, zero):
+    "A small fall fills the panel; a large one is shown down to 0"
+    from reid_fastai.callback.history import plot_lambda_hist, plot_lambdas
+    h = _fallen(to)
+    (ax,) = plot_lambda_hist(h, 1e-2)
+    low,high = ax.get_ylim()
+    assert low<to and high>5e-3 and (low==0)==zero
+    if not zero: assert (5e-3-to)/(high-low)>.7
+    shares = ax.images[0].get_array().sum(0)
+    assert np.allclose(shares, 100) and '%' in ax.figure.get_suptitle()
+    im = plot_lambdas(h, 1e-2).images[0]
+    assert np.allclose(im.get_clim(), (to, 5e-3), rtol=1e-5)
+
+def test_long_histograms_have_no_holes():
+    "40 bins for 54 arrays were white and coloured by turns"
+    from reid_fastai.callback.history import plot_lambda_hist
+    h = _fallen(1e-4, 54, 200)
+    holes = lambda ax: sum(len(o[np.nonzero(o)[0][0]:np.nonzero(o)[0][-1]+1])-(o>0).sum() for o in np.ma.filled(ax.images[0].get_array(), 0).T)
+    assert holes(plot_lambda_hist(h)[0])<.02*holes(plot_lambda_hist(h, bins=150)[0])+5
+
 # ---- save, load, export
 
 def test_round_trip_without_a_warning():

@@ -1,5 +1,5 @@
 "Builds the site and walks through it in headless Chromium, as a visitor would; a test fails on any console error or request to another host."
-import functools, importlib, json, os, pkgutil, re, shutil, subprocess, sys, threading, time
+import ast, functools, html, importlib, json, os, pkgutil, re, runpy, shutil, subprocess, sys, threading, time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
@@ -176,6 +176,86 @@ def test_every_page(browser, site, width, dark):
         shade = sum(map(int, re.findall(r'\d+', browser.js('getComputedStyle(document.body).backgroundColor'))[:3]))/3
         assert (shade<64 if dark else shade>192), page
 
+def shown(site):
+    "Name and text of every page but those of the source"
+    for p in pages(site): yield p, (site/p).read_text(encoding='utf-8')
+
+def bare(text): return html.unescape(re.sub('<[^>]+>', '', text))
+
 def test_no_object_is_shown_by_its_address(site):
-    for p in site.rglob('*.html'):
-        if '_modules' not in p.parts: assert not (found := re.findall(r'functools\.partial|<[\w.]+ object at 0x[0-9a-f]+|&lt;function [^<]{0,60}0x[0-9a-f]+', p.read_text(encoding='utf-8'))), (p.name, found[:3])
+    for p,s in shown(site): assert not (found := re.findall(r'functools\.partial|<[\w.]+ object at 0x[0-9a-f]+|&lt;[^<>]{0,60} at 0x[0-9a-f]+', s)), (p, found[:3])
+
+def test_lines_of_code_fit_the_page(site):
+    "At most 100 characters a line, in cells, blocks of pages and signatures; outputs are wrapped by the browser"
+    n,long = 0,[]
+    for p,s in shown(site):
+        for block in re.findall(r'<div class="highlight-(?!none|myst-ansi)[^"]*[^>]*><div class="highlight"><pre>(.*?)</pre>', s, re.S):
+            n += 1
+            long += [(p, l) for l in bare(block).split('\n') if len(l)>100]
+    assert n>400 and not long
+
+def test_every_image_is_described(site):
+    "By a sentence, not by the name of its file"
+    n = 0
+    for p,s in shown(site):
+        for img in re.findall(r'<img [^>]*>', s):
+            n += 1
+            alt = html.unescape((re.search(r'alt="([^"]*)"', img) or ['',''])[1])
+            assert len(alt.split())>3 and not re.search(r'\.(png|svg|jpg)|_images|[0-9a-f]{16}', alt), (p, img)
+    assert n>40
+
+def test_version(site):
+    "… in the footer, in CITATION.cff and in what to cite"
+    v = reid_fastai.__version__
+    assert all(f'reid_fastai {v}' in s for _,s in shown(site))
+    assert f'version: {v}\n' in (root/'CITATION.cff').read_text(encoding='utf-8')
+    assert f'version = {{{v}}}' in (root/'nbs/citation.md').read_text(encoding='utf-8')
+
+def test_tutorials_lead_to_their_notebook(site):
+    for p,s in shown(site):
+        if p.startswith('tutorials/'):
+            (to,) = re.findall(r'href="([^"]*\.ipynb)"', s)
+            assert Path(to).name==Path(p).with_suffix('.ipynb').name and (site/p).parent.joinpath(to).exists()
+
+def test_help_of_commands(site):
+    "… is on the page of the command line, with options as a shell takes them"
+    page = bare((site/'21_cli.html').read_text(encoding='utf-8'))
+    for cmd,option in (('reid-train', '--n-pids'), ('reid-eval', '--features'), ('reid-compare', '--tune-pids'), ('reid-synth', '--tiny')):
+        assert option in page.split(f'usage: {cmd} ')[1].split('show this help message')[0], cmd
+
+def test_index_of_names(site):
+    "Every public name is on the page, with a link to its entry"
+    page = (site/'api.html').read_text(encoding='utf-8')
+    assert not {o for o in public() if f'#{o}"' not in page}
+
+wrap,wrap_fences = (runpy.run_path(str(root/'nbs/_wrap.py'))[o] for o in ('wrap', 'wrap_fences'))
+
+@pytest.mark.parametrize('src', ['x = f(aaaaaaaaaa, [bbbbbbbbbb, cccccccccc], dddddddddd)  # a note', 'if aaaaaaaaaa: bbbbbbbbbb = 1; cccccccccc = 2; dddddddddd = 3',
+    'def f():\n    "A docstring of some length that has to be broken"\n    return \'a string that is rather long\' + \'b\'',
+    "raise ValueError(f'{aaaaaa} is a message with {len(bbbbbb)} items in it')", 'x = aaaaaaaaaa if bbbbbbbbbb else cccccccccc if dddddddddd else eeeeeeeeee',
+    'def f(\n    a:int=1, # what this argument is, in a sentence\n    b=None # and this\n): pass'])
+def test_wrap(src):
+    "Lines of at most 40 characters, and the same program"
+    res = wrap(src, 40)
+    assert max(map(len, res.split('\n')))<=46 and res!=src
+    def same(o):
+        for n in ast.walk(t := ast.parse(o)):
+            if isinstance(n, ast.Constant) and isinstance(n.value, str): n.value = ' '.join(n.value.split())
+        return ast.dump(t)
+    assert same(res)==same(src)
+    assert [o.strip('# ') for o in re.findall('#[^\n]*', src)]==[] or '#' in res
+
+def test_wrap_shell_lines():
+    import shlex
+    line = 'reid-train DATA '+' '.join(f'--option-{i} {i}' for i in range(12))
+    res = wrap_fences(f'a\n```sh\n{line}  # and what it does\n```\nb\n```\n{line}\n```\n')
+    block = res.split('```')[1].removeprefix('sh\n')
+    assert max(map(len, block.split('\n')))<=95 and shlex.split(block.replace('\\\n', ' '), comments=True)==shlex.split(line)
+    assert '# and what it does' in block and res.startswith('a\n') and res.endswith(f'b\n```\n{line}\n```\n')
+
+def test_wrap_leaves_alone_what_fits_or_is_no_python():
+    assert wrap('x = 1')=='x = 1'
+    no = '%matplotlib inline and a line that is longer than the page is wide'
+    assert wrap(no, 20)==no
+    text = "x = \'\'\'a long line within a string that has several\nlines\'\'\'"
+    assert wrap(text, 20).count('within a string that has several\n')==1

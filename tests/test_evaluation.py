@@ -421,7 +421,8 @@ def test_plot_ranked(shown, tmp_path):
         shown_ = [a for a in axs[0,1:] if a.axison]
         assert [a.images[0].get_array()[0,0,0] for a in shown_]==[20,40,80,100]
         assert [to_hex(a.spines['left'].get_edgecolor()) for a in shown_]==['#d62728','#2ca02c','#d62728','#2ca02c']
-        assert shown_[0].get_title()=='2.000\nid 8, cam 2' and axs[0,0].get_xlabel()=='AP 50 %'
+        assert [a.get_title()[0] for a in shown_]==['✗','✓','✗','✓']
+        assert shown_[0].get_title()=='✗ 2.000\nid 8\ncam 2' and axs[0,0].get_xlabel()=='AP 50 %'
     assert plot_ranked(res, q, g, queries=[1], k=2)[0,0].get_xlabel()=='no match'
     assert plot_worst(res, q, g, n=5, k=2).shape==(1,3) # the query without a match is not among the worst
 
@@ -430,3 +431,17 @@ def test_plot_cmc(shown):
     res = build(*crowd(3, 20, 80))
     ax = plot_cmc({'a': res, 'b': res.rerank()}, k=5)
     assert [o.get_label().split()[0] for o in ax.lines]==['a','b'] and plot_cmc(res, ax=ax) is ax and len(ax.lines)==3
+
+def test_curves_of_arms_can_be_told_apart(shown):
+    "Equal curves differ in colour and style, and their names stand apart at the end"
+    import pandas as pd
+    from reid_fastai.experiments import plot_learning_curves, plot_strengths
+    same = pd.DataFrame(dict(epoch=[1,2,3], train_loss=[3.,2.,1.]))
+    ax = plot_learning_curves({a: [same, same] for a in ('none','conventional','adaptive','annealed')})
+    assert len({o.get_linestyle() for o in ax.lines})==4 and len({o.get_color() for o in ax.lines})==4
+    at = {o.get_text(): o.xy[1] for o in ax.texts}
+    assert set(at)=={'none','conventional','adaptive','annealed'} and min(np.diff(sorted(at.values())))>.07 and max(at.values())<=1
+    runs = pd.DataFrame([dict(stage='tune', arm='conventional', strength=v, seed=0, mAP=50.) for v in (2e-3,1e-2,5e-2)])
+    ax = plot_strengths(runs)
+    ax.figure.canvas.draw()
+    assert [o.get_text() for o in ax.get_xticklabels()]==['0.002','0.01','0.05'] and not any(o.get_text() for o in ax.get_xticklabels(minor=True))

@@ -294,4 +294,4 @@ def test_pictures_of_named_cameras():
     from reid_fastai.evaluation.metrics import RetrievalResults
     res = RetrievalResults.from_embeddings(np.eye(2), ['a','b'], ['x','x'], np.eye(2), ['a','b'], ['y','y'])
     im = [np.zeros((8,4,3), np.uint8)]*2
-    assert plot_ranked(res, im, im, k=9)[0,0].get_title().endswith('id a, cam x')
+    assert plot_ranked(res, im, im, k=9)[0,0].get_title().endswith('id a\ncam x')

@@ -24,7 +24,8 @@ from ..distributed import *
 def _fingerprint(splits):
     "A text that identifies a table of images"
     df = splits.df[['path','pid','camid','split']]
-    return f'{splits.name}, {len(df)} images, table {hashlib.sha256(pd.util.hash_pandas_object(df, index=False).to_numpy().tobytes()).hexdigest()[:12]}'
+    rows = pd.util.hash_pandas_object(df, index=False).to_numpy()
+    return f'{splits.name}, {len(df)} images, table {hashlib.sha256(rows.tobytes()).hexdigest()[:12]}'
 
 def check_same_data(
     splits # `ReIDSplits`

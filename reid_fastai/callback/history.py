@@ -24,26 +24,35 @@ def _check_history(history):
 
 def _of_kind(amplitude, kind): return amplitude.get(kind) if isinstance(amplitude, dict) else amplitude
 
+def _lam_range(lam):
+    "Axis for `lam`: from the lowest, or from 0 if the lowest is below half of the highest"
+    low,high = lam.min(),lam.max() or 1.
+    if low<high/2: return 0,high*1.04
+    pad = max(.06*(high-low), .01*high)
+    return low-pad,high+pad
+
 def plot_lambda_hist(
     history:pd.DataFrame, # A callback's `history`, with columns `epoch`, `kind`, `lam`
     amplitude:float|dict|None=None, # A, shown in the title and marked at A/2; a dict of A by kind; None if λ is fixed
-    bins:int=40, # Number of bins between 0 and the largest λ
+    bins:int|None=None, # Bins of a histogram; None: one for every three arrays of the largest kind, 8 to 24
     axs:np.ndarray|None=None # One axis per kind; a new figure if None
 ) -> np.ndarray: # Array of axes, one per kind
-    "Plot a histogram of λ for each epoch, one panel per kind of array"
+    "Plot a histogram of λ for each epoch, one panel per kind of array; the axis spans the λ that occurred"
     kinds,n = _check_history(history),history.epoch.max()
+    bins = ifnone(bins, int(np.clip(max(history.name[history.kind==k].nunique() for k in kinds)/3, 8, 24)))
     if axs is None: axs = plt.subplots(1, len(kinds), figsize=(1.6+2.3*len(kinds), 3), sharey=not isinstance(amplitude, dict), layout='constrained')[1]
     axs = np.atleast_1d(axs)
     for ax,kind in zip(axs, kinds):
         of_kind = history[history.kind==kind]
-        top = (of_kind if isinstance(amplitude, dict) else history).lam.max()*1.04 or 1.
-        counts = np.stack([np.histogram(o.lam, bins, (0, top))[0]/len(o) for _,o in of_kind.groupby('epoch')], 1)
-        im = ax.imshow(np.ma.masked_equal(100*counts, 0), origin='lower', aspect='auto', extent=(-.5, n+.5, 0, top), interpolation='nearest',
+        low,top = _lam_range((of_kind if isinstance(amplitude, dict) else history).lam)
+        counts = np.stack([np.histogram(o.lam, bins, (low, top))[0]/len(o) for _,o in of_kind.groupby('epoch')], 1)
+        im = ax.imshow(np.ma.masked_equal(100*counts, 0), origin='lower', aspect='auto', extent=(-.5, n+.5, low, top), interpolation='nearest',
                        cmap='viridis_r', norm=PowerNorm(.5, 0, 100))
         ax.plot(of_kind.groupby('epoch').lam.mean(), c='crimson', lw=1.2, label='mean')
         a = _of_kind(amplitude, kind)
         if a: ax.axhline(a/2, c='grey', ls=':', lw=1)
-        ax.set(title=f'{kind} (N = {of_kind.name.nunique()})' + (f', A = {a:g}' if a and isinstance(amplitude, dict) else ''), xlabel='epoch', xlim=(-.5, n+.5))
+        ax.set(title=f'{kind} (N = {of_kind.name.nunique()})' + (f', A = {a:g}' if a and isinstance(amplitude, dict) else ''),
+               xlabel='epoch', xlim=(-.5, n+.5), ylim=(low, top))
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.ticklabel_format(axis='y', style='plain')
     axs[0].set_ylabel('λ')
@@ -51,7 +60,9 @@ def plot_lambda_hist(
     fig = axs[0].figure
     fig.colorbar(im, ax=list(axs), label='share of arrays (%)', ticks=[1,10,25,50,100])
     sep = ' ' if len(kinds)>1 else '\n'  # one panel is narrow
-    if a and not isinstance(amplitude, dict): fig.suptitle(f'Histogram of λ at each epoch{sep}(A = {a:g}, dotted: A/2, where λ starts)', fontsize='medium')
+    lowest = history.lam[history.epoch==n].min()
+    if a and not isinstance(amplitude, dict):
+        fig.suptitle(f'Histogram of λ at each epoch{sep}(A = {a:g}; dotted: A/2, the start; lowest at the end: {200*lowest/a:.0f} % of it)', fontsize='medium')
     return axs
 
 # %% ../../nbs/13_callback.history.ipynb #0bc727d8
@@ -72,10 +83,11 @@ def plot_lambdas(
     for (k,names),start in zip(blocks.items(), starts):
         img[start:start+len(names)] = wide.loc[names]/(_of_kind(amplitude, k) if by_kind else 1)
         ax.annotate(f'{k} ({len(names)})', (1.01, start+(len(names)-1)/2), xycoords=('axes fraction','data'), va='center')
-    im = ax.imshow(img, aspect='auto', interpolation='nearest', vmin=0, cmap='viridis')
+    im = ax.imshow(img, aspect='auto', interpolation='nearest', cmap='viridis')  # from the lowest to the highest
     ax.set_yticks(starts, [_shorten(b[0]) for b in blocks.values()], fontsize='small')
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set(xlabel='epoch', ylabel='array, from input to output', title='λ of each array' + (f' (A = {", ".join(f"{amplitude[k]:g} for {k}" for k in kinds) if by_kind else amplitude})' if amplitude else ''))
+    of = ', '.join(f'{amplitude[k]:g} for {k}' for k in kinds) if by_kind else amplitude
+    ax.set(xlabel='epoch', ylabel='array, from input to output', title='λ of each array'+(f' (A = {of})' if amplitude else ''))
     ax.spines[:].set_visible(False)
     ax.figure.colorbar(im, ax=ax, label='λ / A' if by_kind else 'λ', pad=.12)
     return ax

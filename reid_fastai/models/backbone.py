@@ -32,7 +32,9 @@ def resolve_arch(
     if name in _plain_resnets: return f'{name}.tv_in1k'
     if timm.is_model(name):
         try: timm.get_pretrained_cfg(name)
-        except RuntimeError as e: raise ValueError(f'{e} timm knows {timm.list_models(name.split(".")[0]+".*", pretrained=True)}.') from e
+        except RuntimeError as e:
+            known = timm.list_models(name.split('.')[0]+'.*', pretrained=True)
+            raise ValueError(f'{e} timm knows {known}.') from e
         return name
     if name.removeprefix(_tv) in models: return _tv+name.removeprefix(_tv)
     close = get_close_matches(name.removeprefix(_tv), {*methods, *timm.list_models(), *models}, n=5)
