@@ -140,8 +140,8 @@ def test_stranger_is_named(tmp_path):
 
 def test_two_datasets_in_one_folder(tmp_path):
     for o in ('a','b'): make_market(tmp_path/o)
-    with pytest.raises(ValueError, match='holds 2 datasets: a .*, b '): read_dataset(tmp_path)
-    with pytest.raises(ValueError, match='holds 2 datasets of layout Market-1501: a, b'): Market1501(tmp_path)
+    with pytest.raises(ValueError, match='contains 2 datasets: a .*, b '): read_dataset(tmp_path)
+    with pytest.raises(ValueError, match='contains 2 datasets of layout Market-1501: a, b'): Market1501(tmp_path)
     assert read_dataset(tmp_path/'b').root==tmp_path/'b'
 
 # --- your own data
@@ -194,7 +194,7 @@ def test_bad_tables(tmp_path):
     refused(df.assign(path=['gone.jpg',*df.path[1:]]), '1 of 19 images do not exist, such as .*gone.jpg')
     refused(pd.concat([df, df[:1]]), 'is listed twice in split')
     refused(pd.concat([df, df[:1].assign(pid='other')]), 'is listed with 2 identities')
-    refused(df.assign(split='val'), "holds \\['val'\\]")
+    refused(df.assign(split='val'), "contains \\['val'\\]")
     table.write_text('')
     with pytest.raises(ValueError, match='cannot be read as a table'): read_dataset(table)
 
@@ -822,8 +822,8 @@ def test_folders_that_cannot_be_read(market, tmp_path, monkeypatch):
     for o in range(40): (tmp_path/'many'/f'{"long name "*20}{o}').mkdir(parents=True)
     s = says(lambda: read_dataset(tmp_path/'many'), 'many', *(l.name for l in layouts))
     for o in range(30): touch(tmp_path/'sets'/(f'market {o}'*3), *(f'{d}/{NAMES[Market1501]}' for d in ('bounding_box_train','query','bounding_box_test')))
-    says(lambda: read_dataset(tmp_path/'sets'), 'holds')
-    says(lambda: Market1501(tmp_path/'sets'), 'holds')
+    says(lambda: read_dataset(tmp_path/'sets'), 'contains')
+    says(lambda: Market1501(tmp_path/'sets'), 'contains')
     m = make_market(tmp_path/'m')
     noise(m/'query'/f'{"z"*240}.jpg', 0)
     says(lambda: read_dataset(m), 'zzz', 'is not named like')
