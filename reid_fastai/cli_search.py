@@ -12,6 +12,7 @@ from typing import Annotated
 
 from .cli import _quietly  # first: it has the answer to Ctrl-C while the rest is imported
 import torch
+from fastai.data.transforms import get_image_files
 from fastcore.all import *
 
 from .core import *

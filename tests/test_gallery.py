@@ -1,0 +1,339 @@
+"The gallery and its commands: answers beside a slow oracle, kills, two writers, damaged tables, and what bad input gets"
+import base64, hashlib, io, random, re, shlex, shutil, subprocess, sys, time
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np, pandas as pd, pytest, torch
+from PIL import Image
+
+pytest.importorskip('lancedb', reason="a gallery needs pip install '.[search]'")
+from reid_fastai import cli_search
+from reid_fastai.cli_search import *
+from reid_fastai.data.synthetic import make_synthetic
+from reid_fastai.export import load_embedder, save_model
+from reid_fastai.files import write_json
+from reid_fastai.gallery import *
+from reid_fastai.models import build_reid_net
+
+def make_model(path, seed=0, size=(64,32)):
+    torch.manual_seed(seed)
+    return save_model(build_reid_net('resnet10t', n_classes=5, regions=0, pretrained=False, size=size), path, size=size)
+
+@pytest.fixture(scope='module')
+def data(): return make_synthetic(tiny=True)
+
+@pytest.fixture(scope='module')
+def files(data): return sorted((data/'bounding_box_test').glob('[0-9]*.jpg'))
+
+@pytest.fixture(scope='module')
+def made(files, tmp_path_factory):
+    "A run folder, and a gallery by its model; tests work on copies"
+    d = tmp_path_factory.mktemp('made')
+    make_model(d/'run'/'model.safetensors')
+    g = Gallery.create(d/'run', d/'people').add(files, pid=[o.name[:4] for o in files], camid=[int(o.name[6]) for o in files], time=range(len(files)))
+    assert len(g)==len(files)
+    return d
+
+@pytest.fixture
+def home(made, tmp_path, monkeypatch):
+    "A copy of run and gallery, and the folder to work in"
+    for o in ('run','people'): shutil.copytree(made/o, tmp_path/o)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+def vectors(home, n=0, d=None, metric='cosine', seed=0):
+    "A gallery of embeddings: clusters with many exact ties"
+    g = Gallery.create(home/'run', home/f'vectors-{metric}', metric)
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(40,512))[rng.integers(0, 40, n)]+.3*rng.normal(size=(n,512))
+    x[1::2] = x[::2][:n//2]
+    x = torch.from_numpy(x.astype(np.float32))
+    if n: g.add(x, camid=rng.integers(0, 4, n), time=rng.uniform(0, 100, n))
+    return g,x
+
+def tree(d): return {str(o.relative_to(d)): hashlib.sha256(o.read_bytes()).hexdigest() if o.is_file() else 'folder' for o in sorted(Path(d).rglob('*'))}
+
+
+# ---- answers
+
+@pytest.mark.parametrize('metric', ['cosine','euclidean'])
+def test_exact_search_beside_a_sorted_oracle(metric, home):
+    g,x = vectors(home, 400, metric=metric)
+    df = g.table.to_pandas()
+    q = x[[3,50,399]]+.1*torch.randn(3, 512)
+    a,b = q.double().numpy(),x.double().numpy()
+    if metric=='cosine': D = 1-(a/np.linalg.norm(a, axis=1, keepdims=True))@(b/np.linalg.norm(b, axis=1, keepdims=True)).T
+    else: D = np.linalg.norm(a[:,None]-b[None], axis=2)
+    D = D.round(9)  # twins are equal whatever BLAS did
+    for where,ok in ((None, np.ones(400, bool)), ('camid != 3 and time > 50', ((df.camid!=3) & (df.time>50)).to_numpy())):
+        res,rows = g.search(q, 30, where),ok.nonzero()[0]
+        order = np.argsort(D[:,rows], axis=1, kind='stable')[:,:30]
+        assert np.array_equal(res.df.time.to_numpy().reshape(3,30), df.time.to_numpy()[rows][order])
+        assert np.allclose(res.df.distance.to_numpy().reshape(3,30), np.take_along_axis(D[:,rows], order, 1), atol=2e-4 if metric=='euclidean' else 1e-6)
+        assert res.how.startswith('exact search among') and (where is None or str(len(rows)) in res.how)
+
+def test_fewer_than_k_pass_the_condition(home):
+    g = Gallery.load(home/'people')
+    res = g.search(torch.randn(1, 512), 9, 'time < 3')
+    assert len(res.df)==3 and res.df['rank'].tolist()==[1,2,3]
+
+def test_condition_is_read_to_its_end(home):
+    "The database reads `camid = 3 time > 5` as `camid = 3`"
+    g = Gallery.load(home/'people')
+    assert g.table.count_rows('camid = 3 time > 5')==g.table.count_rows('camid = 3')>0
+    for o in ('camid = 3 time > 5', 'camid = 3) nonsense', 'camid = 3; time > 5', '', 'camid', 'nobody = 3'):
+        with pytest.raises(ValueError, match='where='): g.search(torch.randn(1, 512), 1, o)
+
+def test_boxes_are_cut_out(home, files):
+    frame = Image.new('RGB', (120,80), 'gray')
+    frame.paste(Image.open(files[0]), (10,5))
+    frame.paste(Image.open(files[1]), (60,12))
+    frame.save('frame.png')
+    w,h = Image.open(files[0]).size
+    Path('t.csv').write_text(f'path;x1;y1;x2;y2;time;camid;pid\nframe.png;10;5;{10+w};{5+h};1.5;4;\nframe.png;60;12;{60+w};{12+h};1.5;4;Ann\n')
+    reid_embed(home/'run', out=home/'people', boxes='t.csv', append=True, quiet=True)
+    df = Gallery.load(home/'people').table.to_pandas().tail(2)
+    want = load_embedder(home/'run'/'model.safetensors')([Image.open(o) for o in files[:2]])
+    assert np.allclose(np.stack(df.vector), want, atol=1e-4)
+    assert df.x1.tolist()==[10,60] and df.camid.tolist()==[4,4] and df.pid.tolist()[1]=='Ann' and pd.isna(df.pid.tolist()[0])
+    assert [Image.open(io.BytesIO(o)).size for o in df.thumbnail]==[(w,h)]*2
+
+def test_index_finds_what_is_near_and_says_that_it_is_approximate(home):
+    g,x = vectors(home, 600)
+    with pytest.raises(ValueError, match='has no index'): g.search(x[:2], exact=False)
+    g.index()
+    g.add(x[:1]*2+.5, time=1234)  # after the index: found all the same
+    exact,near = (g.search(x[::20], 1, exact=o) for o in (True,False))
+    assert (exact.df.distance-near.df.distance).abs().lt(1e-4).mean()>=.95
+    assert 'approximate' in near.how and 'exact' not in near.how and 'exact' in exact.how
+    assert g.search(x[:1]*2+.5, 1, exact=False).df.time[0]==1234
+    assert set(g.search(x[:3], 5, 'camid = 2', exact=False).df.camid)=={2}
+
+def test_versions_and_another_handle(home):
+    a,b = Gallery.load(home/'people'),Gallery.load(home/'people')
+    n = len(a)
+    assert b.search(torch.ones(1, 512), 1).how.split()[3]==str(n)
+    a.add(torch.randn(5, 512))
+    assert b.search(torch.ones(1, 512), 1).how.split()[3]==str(n+5)
+    a.restore(2)
+    assert len(Gallery.load(home/'people'))==n and b.search(torch.ones(1, 512), 1).how.split()[3]==str(n)
+    assert b.versions().images.tolist()[-2:]==[n+5,n]
+
+
+# ---- several writers, kills, damage
+
+WRITER = '''
+import sys, torch
+from reid_fastai.gallery import Gallery
+g,name,n = Gallery.load(sys.argv[1]),sys.argv[2],int(sys.argv[3])
+print('ready', flush=True)
+sys.stdin.readline()
+for i in range(n):
+    g.add(torch.randn(50, 512), pid=f'{name}-{i}')
+    print(i+1, flush=True)
+'''
+
+def test_two_writers_and_a_killed_one(home):
+    "Everything that two processes add at once is there; of one that is killed, whole additions alone"
+    n = len(Gallery.load(home/'people'))
+    ps = [subprocess.Popen([sys.executable, '-c', WRITER, str(home/'people'), o, str(k)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for o,k in (('a',8),('b',8),('c',10**6))]
+    for p in ps: assert p.stdout.readline()=='ready\n'
+    for p in ps: p.stdin.write('\n'); p.stdin.flush()
+    while int(ps[2].stdout.readline())<5: pass
+    time.sleep(random.random()*.02)
+    ps[2].kill()
+    said = [o.communicate()[0].split() for o in ps]
+    g = Gallery.load(home/'people')
+    counts = g.table.to_pandas().pid.value_counts()
+    assert all(counts[f'{o}-{i}']==50 for o in 'ab' for i in range(8))
+    mine = counts[[o for o in counts.index if o.startswith('c-')]]
+    assert len(mine)>=max(5, int((said[2] or ['0'])[-1])) and (mine==50).all()
+    assert len(g)==n+50*(16+len(mine))
+    assert len(g.search(torch.ones(1, 512), 3).df)==3
+    assert len(g.add(torch.ones(2, 512)))==n+50*(16+len(mine))+2
+
+def test_interrupted_embedding_leaves_nothing(home, files, monkeypatch):
+    from reid_fastai import gallery as mod
+    class Stop:
+        def __init__(self, e): self.e,self.size,self.n = e,e.size,0
+        def __call__(self, x, **kw):
+            self.n += 1
+            if self.n>1: raise KeyboardInterrupt
+            return self.e(x, **kw)
+    monkeypatch.setattr(mod, 'load_embedder', lambda *a: Stop(load_embedder(*a)))
+    before = tree(home)
+    with pytest.raises(KeyboardInterrupt): reid_embed(home/'run', [str(o) for o in files], out=home/'new', quiet=True)
+    assert tree(home)==before
+    monkeypatch.setattr(mod, 'load_embedder', lambda *a: (s := Stop(load_embedder(*a)), setattr(s, 'n', 1))[0])
+    with pytest.raises(KeyboardInterrupt): reid_embed(home/'run', [str(o) for o in files], out=home/'people', append=True, quiet=True)
+    assert tree(home)==before
+
+def test_damaged_files_never_change_an_answer(home):
+    "Flipped bytes, cut and empty files: the answer of the undamaged gallery, an earlier version's, or a refusal"
+    rng,g = random.Random(0),Gallery.load(home/'people')
+    q = torch.from_numpy(np.random.default_rng(1).normal(size=(2,512)).astype(np.float32))
+    want,parts = g.search(q, 3),[o.relative_to(home/'people') for o in sorted((home/'people').rglob('*')) if o.is_file()]
+    refused = 0
+    for i in range(40):
+        shutil.rmtree(home/'copy', ignore_errors=True)
+        shutil.copytree(home/'people', home/'copy')
+        f = home/'copy'/rng.choice([*parts, *2*[o for o in parts if o.suffix=='.lance']])
+        old = bytearray(f.read_bytes())
+        how = rng.choice(['flip','flip','flip','cut','empty'])
+        if how=='flip': old[rng.randrange(len(old))] ^= 1<<rng.randrange(8)
+        f.write_bytes({'flip':old, 'cut':old[:len(old)//2], 'empty':b''}[how])
+        try: res = Gallery.load(home/'copy').search(q, 3)
+        except ValueError as e:
+            refused += 1
+            assert len(str(e))<=400 and 'copy' in str(e)
+        else: assert np.array_equal(res.df.distance, want.df.distance), (f, how)
+    assert refused>=5
+
+
+# ---- what it writes
+
+class Page(HTMLParser):
+    def __init__(self, text): super().__init__(); self.tags,self.text = [],[]; self.feed(text)
+    def handle_starttag(self, tag, attrs): self.tags.append((tag, dict(attrs)))
+    def handle_data(self, data): self.text.append(data)
+
+def test_page_is_whole_and_marks_what_is_known(home, data, files):
+    photos = [str(o) for o in sorted((data/'query').glob('*.jpg'))[:2]]
+    Gallery.load(home/'people').add(photos[0])  # of a person without a name
+    res = reid_search(home/'people', photos, k=4, html='f.html', csv='f.csv', png='f.png', pid=Path(photos[0]).name[:4], quiet=True)
+    text = Path('f.html').read_text(encoding='utf-8')
+    page = Page(text)
+    imgs = [a for t,a in page.tags if t=='img']
+    assert len(imgs)==2+8 and all(a['alt'] for a in imgs)
+    for a in imgs: Image.open(io.BytesIO(base64.b64decode(a['src'].removeprefix('data:image/jpeg;base64,')))).load()
+    assert not re.search(r'https?://|<script|<link|@import|url\(', text) and not [a for t,a in page.tags if 'href' in a]
+    marks = [re.search('[✓✗]?$', o.strip())[0] for o in page.text if re.match(r'\d\. \d', o)]
+    known = res.df.pid.notna()
+    assert known.sum()==7 and marks==['' if not k else '✓' if m else '✗' for k,m in zip(known, res.df.match)]
+    df = pd.read_csv('f.csv')
+    assert df.query_path.tolist()==[o for o in photos for _ in range(4)] and np.allclose(df.distance, res.df.distance)
+    assert Image.open('f.png').size==(5*96, 2*176)
+    assert '✓' not in reid_search(home/'people', photos, k=4, html='g.html', quiet=True)._repr_png_().decode('latin1') and not re.search('[✓✗]', Path('g.html').read_text(encoding='utf-8'))
+
+def test_same_or_not(home, data):
+    sha = hashlib.sha256((home/'run'/'model.safetensors').read_bytes()).hexdigest()
+    photo = str(sorted((data/'query').glob('*.jpg'))[0])
+    plain = reid_search(home/'people', [photo], k=5, quiet=True)
+    d = float(plain.df.distance[2])
+    write_json(home/'run'/'verification.json', dict(model=sha, metric='cosine', thresholds={'0.01': dict(threshold=2*d), '0.001': dict(threshold=d, low=0, high=d, tar=.5)}))
+    res = reid_search(home/'people', [photo], k=5, same=True, quiet=True)
+    assert res.df.same.tolist()==[True]*3+[False]*2 and 'false accept rate 0.001' in res.how
+    assert reid_search(home/'people', [photo], k=5, same=True, far=1e-2, quiet=True).df.same.all()
+
+
+# ---- the commands
+
+@pytest.fixture
+def shell(capsys, monkeypatch):
+    "Runs a command as a shell would, in this process"
+    def f(name, *args):
+        monkeypatch.setattr(sys, 'argv', [name, *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e: getattr(cli_search, name.replace('-', '_'))()
+        return SimpleNamespace(returncode=e.value.code or 0, **capsys.readouterr()._asdict())
+    return f
+
+def test_from_a_folder_to_a_page(home, data, shell):
+    res = shell('reid-embed', 'run', data/'bounding_box_test', '--out', 'mine')
+    assert res.returncode==0 and '28 images added' in res.out and not res.err, res
+    res = shell('reid-embed', 'run', data/'query', '--out', 'mine', '--append')
+    assert res.returncode==0 and ': 34 images' in res.out, res
+    photo = next((data/'query').glob('*.jpg'))
+    res = shell('reid-search', 'mine', photo, '--k', 3, '--html', 'new/f.html')
+    assert res.returncode==0 and 'exact search among 34 images' in res.out and Path('new/f.html').exists() and not res.err, res
+    res = shell('reid-search', 'mine', photo, '--k', 3, '--index', '--where', "path like '%query%'")
+    assert res.returncode==0 and 'approximate' in res.out and '6 of 34' in res.out, res
+    assert {o.name for o in home.iterdir()}=={'run','people','mine','new'}
+
+BAD = {
+    'another model':       ('reid-embed other.safetensors photo.jpg --out people --append', 'another model'),
+    'another model, search': ('reid-search people photo.jpg --model other.safetensors', 'another model'),
+    'another size':        ('reid-embed large.safetensors photo.jpg --out people --append', 'another model'),
+    'model gone':          ('reid-search orphan photo.jpg', 'which is gone'),
+    'corrupt table':       ('reid-search corrupt photo.jpg', 'corrupt'),
+    'damaged vectors':     ('reid-search flipped photo.jpg', 'do not match their checksums'),
+    'empty folder':        ('reid-embed run empty --out new', 'holds no images'),
+    'box outside':         ('reid-embed run --boxes outside.csv --out new', 'is not inside the image'),
+    'box outside, append': ('reid-embed run --boxes outside.csv --out people --append', 'is not inside the image'),
+    'boxes without x1':    ('reid-embed run --boxes no_x1.csv --out new', 'x1'),
+    'boxes gone':          ('reid-embed run --boxes gone.csv --out new', 'gone.csv'),
+    'k too large':         ('reid-search people photo.jpg --k 29', 'k from 1 to 28'),
+    'k of 0':              ('reid-search people photo.jpg --k 0', 'k=0'),
+    'where does not parse': ('reid-search people photo.jpg --where camid=((', "where="),
+    'where half read':     ('reid-search people photo.jpg --where "camid = 3 time > 5"', "where="),
+    'where of no column':  ('reid-search people photo.jpg --where colour=3', "colour"),
+    'where passes nobody': ('reid-search people photo.jpg --where camid=99', 'none of the 28 images'),
+    'missing photo':       ('reid-search people nobody.jpg', 'nobody.jpg'),
+    'missing photo, embed': ('reid-embed run nobody.jpg --out new', 'nobody.jpg'),
+    'no image':            ('reid-embed run photo.jpg text.jpg --out new', 'text.jpg'),
+    'no image, append':    ('reid-embed run photo.jpg text.jpg --out people --append', 'text.jpg'),
+    'no image, search':    ('reid-search people text.jpg --html f.html', 'text.jpg'),
+    'not a gallery':       ('reid-embed run photo.jpg --out run --append', 'is no gallery'),
+    'not a gallery, search': ('reid-search empty photo.jpg', 'is no gallery'),
+    'a file for a gallery': ('reid-search photo.jpg photo.jpg', 'is no gallery'),
+    'another table':       ('reid-search table photo.jpg', 'no gallery of reid_fastai'),
+    'out exists':          ('reid-embed run photo.jpg --out people', 'exists already'),
+    'out is a file':       ('reid-embed run photo.jpg --out photo.jpg', 'exists already'),
+    'out below a file':    ('reid-embed run photo.jpg --out photo.jpg/new', 'cannot be written'),
+    'no model':            ('reid-embed nothing photo.jpg --out new', 'nothing'),
+    'metric':              ('reid-embed run photo.jpg --out new --metric manhattan', 'manhattan'),
+    'same unknown':        ('reid-search people photo.jpg --same', 'reid-eval'),
+    'same of another':     ('reid-search people2 photo.jpg --same', 'is of another model'),
+    'photo replaced':      ('reid-search people photo.jpg --png photo.jpg', 'would be replaced'),
+    'html is a folder':    ('reid-search people photo.jpg --html run', 'is a folder'),
+}
+
+@pytest.fixture(scope='module')
+def bad_home(made, files, tmp_path_factory):
+    "Galleries and files with something amiss"
+    import lancedb
+    d = tmp_path_factory.mktemp('bad')
+    for o in ('run','people'): shutil.copytree(made/o, d/o)
+    for o in ('corrupt','flipped'): shutil.copytree(made/'people', d/o)
+    for o in (d/'corrupt').rglob('*.lance'):
+        if o.is_file(): o.write_bytes(o.read_bytes()[:100])
+    data = bytearray((part := next(o for o in (d/'flipped').rglob('*.lance') if o.is_file())).read_bytes())
+    at = data.find(Gallery.load(made/'people').table.to_pandas().vector[2].tobytes()[:20])
+    assert at>0
+    data[at+3] ^= 8
+    part.write_bytes(data)
+    shutil.copy(files[0], d/'photo.jpg')
+    (d/'text.jpg').write_text('my notes')
+    (d/'empty').mkdir()
+    make_model(d/'other.safetensors', 1)
+    make_model(d/'large.safetensors', 0, (128,64))
+    make_model(d/'gone'/'model.safetensors')
+    Gallery.create(d/'gone', d/'orphan').add(files[:2])
+    shutil.rmtree(d/'gone')
+    make_model(d/'run2'/'model.safetensors', 2)
+    Gallery.create(d/'run2', d/'people2').add(files[:12])
+    write_json(d/'run2'/'verification.json', dict(model='0'*64, metric='cosine', thresholds={'0.001': dict(threshold=.1)}))
+    lancedb.connect(d/'table').create_table('images', [dict(a=1)])
+    (d/'outside.csv').write_text('path,x1,y1,x2,y2\nphoto.jpg,0,0,8,8\nphoto.jpg,0,0,500,8\n')
+    (d/'no_x1.csv').write_text('path,y1,x2,y2\nphoto.jpg,0,8,8\n')
+    return d
+
+@pytest.mark.parametrize('case', BAD)
+def test_bad_input_gets_one_line_and_changes_nothing(case, bad_home, monkeypatch, shell):
+    monkeypatch.chdir(bad_home)
+    before = tree(bad_home)
+    cmd,words = BAD[case]
+    res = shell(*shlex.split(cmd))
+    lines = res.err.splitlines()
+    assert res.returncode==2 and len(lines)==1 and len(lines[0])<=300 and words in lines[0] and 'Traceback' not in res.err, res.err
+    assert lines[0].startswith(f'{cmd.split()[0]}: error: ') and not lines[0].endswith('…')
+    assert tree(bad_home)==before
+
+@pytest.mark.parametrize('cmd', ['reid-embed run photo.jpg --out new', 'reid-search people photo.jpg'])
+def test_without_the_database(cmd, bad_home, monkeypatch, shell):
+    monkeypatch.chdir(bad_home)
+    monkeypatch.setitem(sys.modules, 'lancedb', None)
+    res = shell(*cmd.split())
+    assert res.returncode==2 and "pip install 'reid_fastai[search]'" in res.err and len(res.err.splitlines())==1, res.err
+    assert not (bad_home/'new').exists()
