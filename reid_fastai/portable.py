@@ -253,7 +253,7 @@ class Portable:
         device:str|torch.device='cpu' # Where to compute; CUDA is used for ONNX alone, where onnxruntime has it
     ):
         self.meta,data = read_portable(path)
-        store_attr(but='path,device', **{k: self.meta[k] for k in ('size','n_features','pixels','flip','normalize')})
+        for k in ('size','n_features','pixels','flip','normalize'): setattr(self, k, self.meta[k])
         with _exporting(f'{path} cannot be run', 'Export it anew.'): self.run = _runner(data, self.meta['format'], device)
 
     def __call__(self,
