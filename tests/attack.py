@@ -16,7 +16,7 @@ from PIL import Image
 LIMIT = 60  # seconds after which a command hangs
 TINY = '--arch resnet10t --pretrained none --size 64x32 --n-pids 4 --epochs 3 --steps 2'.split()
 COMPARE = [*TINY, *'--epochs 1 --arms none adaptive --amplitudes 5e-3 --seeds 1'.split()]
-PROGS = 'reid-train','reid-eval','reid-compare','reid-synth','reid-embed','reid-search','reid-export'
+PROGS = 'reid-train','reid-eval','reid-compare','reid-synth'
 script = lambda prog: str(Path(sys.executable).parent/prog)
 
 class Failed(Exception):
