@@ -220,7 +220,7 @@ def test_load_refuses_others_safetensors(tmp_path):
 
 def args(**kw): return {**dict(q_feats=np.eye(3), q_pids=[1,2,3], q_camids=[0]*3, g_feats=np.eye(3), g_pids=[1,2,3], g_camids=[1]*3), **kw}
 @pytest.mark.parametrize('kw,msg', [
-    (dict(q_feats=np.full((3,3), np.nan)), 'q_feats: 3 of 3 rows hold NaN'), (dict(g_feats=np.diag([1,np.inf,1])), 'the first is row 1'),
+    (dict(q_feats=np.full((3,3), np.nan)), 'q_feats: 3 of 3 rows contain NaN'), (dict(g_feats=np.diag([1,np.inf,1])), 'the first is row 1'),
     (dict(q_pids=[1,2]), r'q_pids: shape \(2,\) for 3'), (dict(q_camids=[1]*4), r'q_camids: shape \(4,\) for 3'),
     (dict(g_pids=[[1,2,3]]), r'g_pids: shape \(1, 3\) for 3'), (dict(g_camids=[]), 'g_camids'),
     (dict(g_feats=np.eye(3)[:,:2]), '3 numbers per image, gallery features 2'),

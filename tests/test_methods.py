@@ -162,7 +162,7 @@ def test_rga_is_of_one_size():
     net = build('rga_sc_resnet50', size=(101,47)).eval()
     with torch.no_grad(): assert net(images(1, (101,47))).shape==(1,2048)
     for other in ((128,64),(47,101),(102,47)):
-        with pytest.raises(ValueError, match=rf'Images of {other[0]}×{other[1]} px .*layers are for 101×47 px alone.*places of the map|Images of {other[0]}×{other[1]} px .*101×47'): net(images(1, other))
+        with pytest.raises(ValueError, match=rf'Images of {other[0]}×{other[1]} px .*built for 101×47 px only.*position of the map|Images of {other[0]}×{other[1]} px .*101×47'): net(images(1, other))
     assert build('rga_sc_resnet50', size=None).size==(256,128)
 
 @pytest.mark.parametrize('size', [256,(256,),(256.,128.),(8,8),'256x128'])

@@ -199,7 +199,7 @@ def test_not_a_chain(arch):
 def test_resolve(arch, want): assert resolve_arch(arch)==want
 
 def test_unknown_arch():
-    with pytest.raises(ValueError, match=r"No architecture 'resnet5O' .*Close to it: \['resnet50'"): resolve_arch('resnet5O')
+    with pytest.raises(ValueError, match=r"No architecture 'resnet5O' .*Similar names: \['resnet50'"): resolve_arch('resnet5O')
     with pytest.raises(ValueError, match='Invalid pretrained tag'): resolve_arch('resnet50.nonsense')
     with pytest.raises(ValueError, match="No architecture 'build'"): resolve_arch(build)
     with pytest.raises(ValueError, match='arch=50 must be the name'): resolve_arch(50)
