@@ -16,7 +16,7 @@ from fastcore.all import *
 from PIL import Image
 from . import __version__
 from .core import brief,check_int,progress
-from .data.boxes import _box,_columns,_name_of,check_boxes,column_values,crop_boxes
+from .data.boxes import _box,_columns,_floats,_name_of,check_boxes,column_values,crop_boxes
 from .evaluation.distances import as_feats,check_metric
 from .evaluation.nearest import nearest
 from .export import load_embedder
@@ -194,14 +194,12 @@ def _approximate(self:Gallery, q, k, where):
 @patch
 def _found(self:Gallery, ids, dists):
     "Table of the found rows, and their thumbnails"
-    at = np.argwhere(ids>=0)
-    wanted = np.unique(ids[ids>=0])
-    with _database(self.path):
-        t = self.table.take_row_ids(wanted.tolist()).with_row_id().select([*_columns,'thumbnail']).to_arrow()
-    t = t.to_pandas().set_index('_rowid').loc[ids[ids>=0]].reset_index(drop=True)
-    t = t.assign(path=t.path.astype(object), pid=t.pid.astype(object), camid=t.camid.astype('Int64'))
-    df = pd.DataFrame(dict(query=at[:,0], rank=at[:,1]+1, distance=dists[ids>=0]))
-    return pd.concat([df, t[list(_columns)]], axis=1),[None if o is None or o is pd.NA else bytes(o) for o in t.thumbnail]
+    at,wanted = np.argwhere(ids>=0),ids[ids>=0]
+    with _database(self.path): t = self.table.take_row_ids(np.unique(wanted).tolist()).with_row_id().select([*_columns,'thumbnail']).to_arrow()
+    order = np.argsort(found := t['_rowid'].to_numpy())
+    cols = {k: t[k].take(order[np.searchsorted(found, wanted, sorter=order)]).to_pylist() for k in (*_columns,'thumbnail')}
+    typed = {k: pd.array(cols[k], 'Int64') if k=='camid' else np.array(cols[k], float if k in _floats else object) for k in _columns}
+    return pd.DataFrame(dict(query=at[:,0], rank=at[:,1]+1, distance=dists[ids>=0], **typed)),cols['thumbnail']
 
 @patch
 def search(self:Gallery,
