@@ -19,7 +19,6 @@ def test_training_beside_a_bare_loop():
     res = run('benchmarks/training.py', '--arch', 'resnet10t', '--size', '64', '32', '--bs', '8', '--steps', '1', '--rounds', '1')
     assert res.returncode==0 and '× the bare loop' in res.stdout and 'peak memory' in res.stdout, res.stderr[-800:]
 
-<<<<<<< HEAD
 def test_how_many_identities(tmp_path):
     "Nested parts of the training identities, the same steps and the same test set; complete runs are not repeated"
     import pandas as pd
@@ -46,10 +45,8 @@ def test_exported_networks():
     __import__('pytest').importorskip('onnxruntime')
     res = run('benchmarks/export.py', '--arch', 'test_resnet', '--size', '64', '32', '--bs', '2', '--rounds', '1', '--images', '4', '--threads', '1')
     assert res.returncode==0 and '| ONNX int8 | 2 |' in res.stdout, res.stderr[-800:]
-=======
 def test_gallery_at_toy_size():
     pytest.importorskip('lancedb')
     res = run('benchmarks/gallery.py', '--n', '600', '--d', '32', '--queries', '5')
     assert res.returncode==0, res.stderr[-800:]
     for o in '600 embeddings of 32 numbers','| write','| build the index','| approximate search','| exact search','| recall of the index | @1 ': assert o in res.stdout
->>>>>>> search
