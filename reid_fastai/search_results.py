@@ -111,7 +111,7 @@ _cell,_text = (96,176),34  # a cell with its two lines of text, px; the height o
 def _mark(row):
     "Right or wrong, and whether it counts as the same person"
     match,same = row.get('match'),row.get('same')
-    return ' '.join(L('' if pd.isna(match) else '✓' if match else '✗', '' if same is None or pd.isna(same) else 'same' if same else 'other').filter())
+    return ' '.join(L('' if pd.isna(match) else '✓' if match else '✗', '' if same is None or pd.isna(same) else 'same' if same else 'not same').filter())
 
 def _draw(sheet, at, thumb, lines, colour='#404040'):
     "Draw an image and `lines` into the cell whose place is `at`"
@@ -153,22 +153,22 @@ def _repr_png_(self:SearchResults):
 
 # %% ../nbs/18b_search_results.ipynb #88727304
 _css = '''body{font:15px/1.4 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;color:#222;background:#fff}
-h1{font-size:1.4rem}section{border-top:1px solid #ccc;padding:1rem 0}section>div,ol{display:flex;flex-wrap:wrap;gap:.8rem;list-style:none;padding:0;margin:0}
-figure{margin:0;width:7.2rem}img{height:10rem;max-width:100%;object-fit:contain;border:3px solid #bbb;background:#eee}figcaption{font-size:.78rem;overflow-wrap:anywhere}
+h1{font-size:1.4rem}section{border-top:1px solid #ccc;padding:1rem 0}section,ol{display:flex;gap:.8rem;list-style:none;padding-left:0;margin:0}ol{flex:1;flex-wrap:wrap}
+figure{margin:0;width:6.6rem}img{box-sizing:border-box;height:10rem;max-width:100%;object-fit:contain;border:3px solid #bbb;background:#eee}figcaption{font-size:.78rem;overflow-wrap:anywhere}
 .right img{border-color:#2ca02c}.wrong img{border-color:#d62728}.query img{border-color:#222}.right b{color:#1f7a1f}.wrong b{color:#d62728}
 @media(prefers-color-scheme:dark){body{color:#ddd;background:#161616}section{border-color:#444}.query img{border-color:#ddd}.right b{color:#5ac05a}.wrong b{color:#ff6b6b}}'''
 
-def _figure(thumb, lines, kind=''):
-    "HTML of an image and `lines` below it"
+def _figure(thumb, lines, path, kind=''):
+    "HTML of an image and `lines` below it; the whole path is shown under the pointer"
     alt,*_ = lines = [html.escape(str(o)) for o in lines if o]
-    src = f'<img alt="{alt}" src="data:image/jpeg;base64,{base64.b64encode(thumb).decode()}">' if thumb else ''
+    src = f'<img alt="{alt}" title="{html.escape(_known(path))}" src="data:image/jpeg;base64,{base64.b64encode(thumb).decode()}">' if thumb else ''
     return f'<figure class="{kind}">{src}<figcaption>{"<br>".join(f"<b>{o}</b>" if i==0 else o for i,o in enumerate(lines))}</figcaption></figure>'
 
 def _said(row):
     "What the page says of an image found"
     box = '' if pd.isna(row.get('x1')) else 'box ' + ', '.join(f'{row[c]:g}' for c in ('x1','y1','x2','y2'))
     return [f'{row["rank"]}. {row["distance"]:.4f} {_mark(row)}', _known(row['pid']), '' if pd.isna(row.get('camid')) else f'camera {row["camid"]:g}',
-            '' if pd.isna(row.get('time')) else f'time {row["time"]:.10g}', _known(row['path']), box]
+            '' if pd.isna(row.get('time')) else f'time {row["time"]:.10g}', _name(row['path']), box]
 
 @patch
 def to_html(self:SearchResults,
@@ -177,8 +177,9 @@ def to_html(self:SearchResults,
 ):
     "Write one page that needs no other file"
     kinds,parts = {True:'right', False:'wrong', None:''},[[] for _ in range(len(self))]
-    for thumb,row in zip(self.thumbs, self.df.to_dict('records')): parts[row['query']].append(f'<li>{_figure(thumb, _said(row), kinds[row["match"]])}</li>')
-    queries = [_figure(t, [_name(q.path, f'photo {i}'), _known(q.pid)], 'query') for i,(t,q) in enumerate(zip(self.q_thumbs, self.queries.itertuples()))]
-    body = '\n'.join(f'<section><div>{q}<ol>{"".join(o)}</ol></div></section>' for q,o in zip(queries, parts))
+    for thumb,row in zip(self.thumbs, self.df.to_dict('records')): parts[row['query']].append(f'<li>{_figure(thumb, _said(row), row["path"], kinds[row["match"]])}</li>')
+    queries = [_figure(t, [_name(q.path, f'photo {i}'), _known(q.pid)], q.path, 'query') for i,(t,q) in enumerate(zip(self.q_thumbs, self.queries.itertuples()))]
+    body = '\n'.join(f'<section>{q}<ol>{"".join(o)}</ol></section>' for q,o in zip(queries, parts))
+    marks = 'By the names that are known: ✓ right, ✗ wrong.' if self.df.match.notna().any() else ''
     atomic_write(path, f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
-                       f'<style>{_css}</style></head>\n<body><h1>{html.escape(title)}</h1><p>{html.escape(self.how)}</p>\n{body}\n</body></html>\n')
+                       f'<style>{_css}</style></head>\n<body><h1>{html.escape(title)}</h1><p>{html.escape(self.how)}</p><p>{marks}</p>\n{body}\n</body></html>\n')
