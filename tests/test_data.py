@@ -654,7 +654,7 @@ def test_tables_that_are_none(plain):
     says(lambda: read_dataset(t), 'bad.csv', 'do not exist')
     (root/'folder.png').mkdir(exist_ok=True)
     t.write_text(good.replace('00.png', 'folder.png'))
-    says(lambda: read_dataset(t), 'bad.csv', 'are no files', 'folder.png')
+    says(lambda: read_dataset(t), 'bad.csv', 'are not files', 'folder.png')
     t.unlink()
 
 def test_tables_of_a_program(plain):
