@@ -9,14 +9,22 @@ __all__ = ['nearest']
 import torch
 from fastcore.all import *
 
-from .distances import Distances,TopK,_product,_unit
+from .distances import Distances,TopK,_unit
 
 # %% ../../nbs/09a_evaluation.nearest.ipynb #64487e3a
+def _fast(q, g):
+    "`q @ g.T` in float32, in any order of summation, whatever precision or autocast the user has set for training"
+    old = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    try:
+        with torch.autocast(q.device.type, enabled=False): return q@g.T
+    finally: torch.set_float32_matmul_precision(old)
+
 def _keys(q, g, size, metric):
     "What orders rows `g` for queries `q` (n, d), (n, m), and the largest error of it for each query (n, 1); `size` are the norms of `g`"
     if metric=='cosine': q,scale = _unit(q),1.
     else: scale = (q.norm(dim=1, keepdim=True)+size.max())**2
-    p = torch.cat([_product(q, o) for o in g.split(65536)], 1)
+    p = _fast(q, g)
     keys = -p/size.clamp_min(torch.finfo(g.dtype).tiny) if metric=='cosine' else size**2-2*p
     return keys,torch.as_tensor(scale).expand(len(q), 1)*(g.shape[1]+8)*torch.finfo(g.dtype).eps
 
