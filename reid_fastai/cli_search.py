@@ -41,10 +41,11 @@ def list_images(
 
 def _images(paths, boxes):
     "What `Gallery.add` takes"
+    paths = L(paths)
     if not boxes:
         if not paths: raise ValueError('No images are named. Name files or a folder, or a table: --boxes CSV.')
         return list_images(paths),{}
-    if len(paths)>1 or paths and not os.path.isdir(paths[0]): raise ValueError(f'{brief(" ".join(paths), 80)}: beside --boxes name one folder, that of the paths in the table, or none for the folder of the table itself.')
+    if len(paths)>1 or paths and not os.path.isdir(paths[0]): raise ValueError(f'{brief(" ".join(map(str, paths)), 80)}: beside --boxes name one folder, that of the paths in the table, or none for the folder of the table itself.')
     cols = read_boxes(boxes, first(paths))
     seen = {}
     files = [seen.setdefault(o, o) for o in cols['path']]  # one object a file, so that it is opened once
@@ -55,7 +56,7 @@ def _images(paths, boxes):
 @command(pos=['images'])
 def reid_embed(
     model:str, # Run folder of `reid-train`, or a model file
-    images:Annotated[str, {'nargs':'*'}, "Image files, and folders of images; no labels are needed"]=(),
+    images:Annotated[str, {'nargs':'*'}, "Image files, and folders of images; no labels are needed"]=None,
     out:str=None, # Gallery to make, or to add to
     boxes:str=None, # CSV file of boxes: path, x1, y1, x2, y2 and, if known, time, camid, pid
     append:bool=False, # Add to the gallery that `out` is
