@@ -74,8 +74,8 @@ def test_of_two_starts_on_one_folder_the_second_is_refused(data, tmp_path, shell
 
 def test_a_folder_is_of_one_kind(run, data, shell):
     before = {o.name: o.read_bytes() for o in run.iterdir()}
-    refused(shell(reid_compare, data, '--out', run, *tiny), 'holds a training run')
-    refused(shell(reid_eval, run, '--out', run), 'holds a training run')
+    refused(shell(reid_compare, data, '--out', run, *tiny), 'contains a training run')
+    refused(shell(reid_eval, run, '--out', run), 'contains a training run')
     refused(shell(reid_train, data, '--out', run, *tiny), 'exists already')
     assert before=={o.name: o.read_bytes() for o in run.iterdir()}
 
