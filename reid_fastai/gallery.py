@@ -254,7 +254,7 @@ def index(self:Gallery
     from lancedb.index import HnswSq
     with _database(self.path, 'indexed'):
         self.table.checkout_latest()
-        self.table.create_index('vector', config=HnswSq(distance_type='cosine' if self.metric=='cosine' else 'l2'), replace=True)
+        self.table.create_index('vector', config=HnswSq(distance_type='cosine' if self.metric=='cosine' else 'l2', ef_construction=150), replace=True)
     return self
 
 @patch(as_prop=True)
