@@ -149,7 +149,7 @@ def reid_eval(
     read_meta(file)
     check_metric(metric)
     device = ifnone(check_device(device), 'cuda' if torch.cuda.is_available() else 'cpu')
-    data = ifnone(data, _trained_on(file))
+    if data is None: data = _trained_on(file)
     shown = Path(ifnone(out, file.parent))
     check_outputs({'csv': csv, 'features': features, **{o: shown/o for o in _verification if verify}}, {'the model': file, **({'the dataset': data} if data!='synthetic' else {})})
     if out: check_folder(out, 'evaluation.json')
