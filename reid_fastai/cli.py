@@ -144,11 +144,11 @@ def reid_eval(
     quiet:bool=False # Print warnings and errors alone
 ): # `RetrievalResults`
     "Evaluate a trained model on its own or on other data"
-    file = Path(run)/'model.safetensors' if os.path.isdir(run) else Path(run)
+    file = model_file(run)
     if os.path.isdir(run) and os.path.exists(Path(run)/'config.json'): read_results(run)
     read_meta(file)
     check_metric(metric)
-    device = ifnone(check_device(device), 'cuda' if torch.cuda.is_available() else 'cpu')
+    device = chosen_device(device)
     if data is None: data = _trained_on(file)
     shown = Path(ifnone(out, file.parent))
     check_outputs({'csv': csv, 'features': features, **{o: shown/o for o in _verification if verify}}, {'the model': file, **({'the dataset': data} if data!='synthetic' else {})})

@@ -18,7 +18,7 @@ from .core import JUNK_PID,ReIDSplits
 from .data.block import read_image
 from .data.synthetic import make_synthetic
 from .export import load_model,read_meta
-from .files import checksum,read_bytes
+from .files import checksum,model_file,read_bytes
 from .portable import *
 from .runs import load_splits,read_results
 from .shell import command
@@ -53,7 +53,7 @@ def reid_export(
     quiet:bool=False # Print warnings and errors alone
 ) -> Path: # The file
     "Write a trained model and its preprocessing into one file for other programs, after a comparison with PyTorch"
-    file = Path(run)/'model.safetensors' if os.path.isdir(run) else Path(run)
+    file = model_file(run)
     if is_portable(file): raise ValueError(f'{run} is an exported network already. Name the run folder or the model.safetensors that it was made from.')
     if os.path.isdir(run) and os.path.exists(Path(run)/'config.json'): read_results(run)
     if out is None: out = file.with_name(f'{file.stem}{"-int8" if int8 else ""}{SUFFIXES.get(format, "")}')

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Annotated
 
 from .cli import _quietly  # first: it has the answer to Ctrl-C while the rest is imported
-import torch
 from fastai.data.transforms import get_image_files
 from fastcore.all import *
 
 from .core import *
 from .data.all import *
+from .data.boxes import _box
 from .evaluation.distances import check_metric
 from .files import *
 from .gallery import *
 from .gallery import _remote
-from .runs import check_device
+from .runs import chosen_device
 from .shell import *
 
 # %% ../nbs/21a_cli_search.ipynb #a123d900
@@ -49,7 +49,7 @@ def _images(paths, boxes):
     cols = read_boxes(boxes, first(paths))
     seen = {}
     files = [seen.setdefault(o, o) for o in cols['path']]  # one object a file, so that it is opened once
-    check_boxes(files, list(zip(*(cols[k] for k in ('x1','y1','x2','y2')))))
+    check_boxes(files, list(zip(*(cols[k] for k in _box))))
     return files,cols
 
 # %% ../nbs/21a_cli_search.ipynb #c4e167d4
@@ -67,14 +67,12 @@ def reid_embed(
     "Embed images into a gallery"
     if not out: raise ValueError('--out is missing: name the gallery to make, or to add to with --append.')
     if metric: check_metric(metric)
-    device = _device(device)
+    device = chosen_device(device)
     if not append: return _new_gallery(model, images, out, boxes, ifnone(metric, 'cosine'), device, quiet)
     gallery = Gallery.load(out, model, device)
     if metric not in (None, gallery.metric): raise ValueError(f'--metric {metric}: {brief(out, 120)} has {gallery.metric} distances. Leave `--metric` out, or make a new gallery.')
     files,cols = _images(images, boxes)
     return _add(gallery, files, cols, out, quiet)
-
-def _device(device): return ifnone(check_device(device), 'cuda' if torch.cuda.is_available() else 'cpu')
 
 def _add(gallery, files, cols, out, quiet):
     gallery.add(files, **cols)
@@ -83,9 +81,7 @@ def _add(gallery, files, cols, out, quiet):
 
 def _new_gallery(model, images, out, boxes, metric, device, quiet):
     "Make a gallery whole; on object storage, empty first"
-    if not _remote(out):
-        if os.path.lexists(out) and (not os.path.isdir(out) or os.listdir(out)): raise ValueError(f'{brief(out, 120)} exists already, and nothing is replaced. Name another folder; `--append` adds to a gallery.')
-        check_writable(out, folder=True)
+    check_new(out)
     files,cols = _images(images, boxes)
     if _remote(out): return _add(Gallery.create(model, out, metric, device), files, cols, out, quiet)
     with atomic_dir(out) as tmp: _add(Gallery.create(model, tmp, metric, device), files, cols, out, quiet)
@@ -112,7 +108,7 @@ def reid_search(
     "Find the images of a gallery nearest to photos"
     check_int('k', k, 1)
     files = list_images(photos)
-    db = Gallery.load(gallery, model, _device(device))
+    db = Gallery.load(gallery, model, chosen_device(device))
     check_outputs(dict(csv=csv, html=html, png=png), {f'photo {brief(o, 60)}': o for o in files})
     threshold = db.threshold(far) if same else None
     if index and not db.indexed: db.index()

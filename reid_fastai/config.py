@@ -15,6 +15,7 @@ from fastcore.all import *
 from .callback.arrays import ArrayHistory
 from .callback.precision import check_precision
 from .callback.regularizer import AdaptiveL2,AnnealedL2,ConventionalL2
+from .callback.resize import check_first_epochs
 from .callback.rivals import AWD,CPR,CautiousL2,DecoupledL2,L2SP
 from .callback.rotation import AutoL2,RotationControl
 from .core import check_share
@@ -129,7 +130,7 @@ def _check_first(self:RunConfig):
     size = lambda o: f'{o[0]}x{o[1]}'
     if self.recipe not in ('quick','laptop'): raise ValueError(f'first_size={size(self.first_size)}: recipe={self.recipe} has a schedule of its own. Choose recipe=laptop or quick.')
     if any(s>f for s,f in zip(self.first_size, self.size)): raise ValueError(f'first_size={size(self.first_size)}: it must not exceed size={size(self.size)}.')
-    if not (isinstance(self.first_epochs, int) and 0<self.first_epochs<self.epochs): raise ValueError(f'first_epochs={self.first_epochs}: of epochs={self.epochs} at least one has small images, and the last has full-size ones.')
+    check_first_epochs(self.first_epochs, self.epochs)
 
 # %% ../nbs/18a_config.ipynb #252a3362
 #: Regularisers whose one number is the option `strength`, each with what makes it

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JUNK_PID', 'DISTRACTOR_PID', 'ranks', 'brief', 'check_int', 'check_share', 'number_files', 'ReIDSplits',
            'count_matches', 'check_search', 'check_protocol', 'progress', 'free_memory', 'keep_freed_memory', 'unwrap',
-           'plain_errors', 'PlainErrors']
+           'mean_of_mirrored', 'plain_errors', 'PlainErrors']
 
 # %% ../nbs/00_core.ipynb #6138b7d1
 import ctypes,os,re,sys
@@ -256,6 +256,15 @@ def unwrap(
     "The model inside all its wrappers"
     while (inner := _inner(model)) is not None: model = inner
     return model
+
+# %% ../nbs/00_core.ipynb #2f41004c
+def mean_of_mirrored(
+    net, # From images (b, c, h, w) to embeddings (b, d)
+    x, # (b, c, h, w) images
+    flip:bool=True # Whether to average; False: the embeddings of `x` alone
+): # (b, d) embeddings
+    "Embeddings averaged over image and mirror image"
+    return (net(x)+net(x.flip(3)))/2 if flip else net(x)
 
 # %% ../nbs/00_core.ipynb #727fafea
 _prefix = re.compile(r'Exception occured in `\w+` when calling event `\w+`:\n\t')

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from fastcore.all import *
 from . import __version__
-from .core import progress,unwrap
+from .core import mean_of_mirrored,progress,unwrap
 from .data.block import read_image
 from .files import load_tensors,save_tensors
 from .models import ReIDNet,build_reid_net
@@ -80,7 +80,7 @@ class Embedder:
     def _embed(self, x, flip):
         "Embeddings of images as bytes"
         x = x.to(self.net.mean.device)/255
-        return ((self.net(x)+self.net(x.flip(3)))/2 if flip else self.net(x)).cpu()
+        return mean_of_mirrored(self.net, x, flip).cpu()
 
     @torch.inference_mode()
     def __call__(self,
@@ -107,7 +107,7 @@ class PortableEmbedder(Embedder):
         "Embeddings of images as bytes"
         if self.net.flip and not flip: raise ValueError('flip=False: this network was exported with flip, and averages over image and mirror image itself. Export it without.')
         if self.net.flip or not flip: return self.net(x)
-        emb = (self.net(x)+self.net(x.flip(3)))/2
+        emb = mean_of_mirrored(self.net, x)
         return torch.nn.functional.normalize(emb) if self.net.normalize else emb
 
 def load_embedder(

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import __version__
-from .core import brief,unwrap
+from .core import brief,mean_of_mirrored,unwrap
 from .files import atomic_write,check_writable,checksum,read_bytes
 from .models import ReIDNet
 
@@ -48,7 +48,7 @@ def to_pixels(
 # %% ../nbs/17a_portable.ipynb #f6035f24
 def _averaged(net, x, flip, normalize):
     "Embeddings of images in [0, 1]"
-    emb = (net(x)+net(x.flip(3)))/2 if flip else net(x)
+    emb = mean_of_mirrored(net, x, flip)
     return F.normalize(emb) if normalize else emb
 
 class PortableNet(nn.Module):

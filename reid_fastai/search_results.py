@@ -16,6 +16,7 @@ import pandas as pd
 from fastcore.all import *
 from PIL import Image,ImageDraw,ImageFont,ImageOps
 from .core import brief
+from .data.boxes import _box
 from .data.image import open_image
 from .files import atomic_write,read_json
 from .interpret import _right,_wrong
@@ -166,7 +167,7 @@ def _figure(thumb, lines, path, kind=''):
 
 def _said(row):
     "What the page says of an image found"
-    box = '' if pd.isna(row.get('x1')) else 'box ' + ', '.join(f'{row[c]:g}' for c in ('x1','y1','x2','y2'))
+    box = '' if pd.isna(row.get('x1')) else 'box ' + ', '.join(f'{row[c]:g}' for c in _box)
     return [f'{row["rank"]}. {row["distance"]:.4f} {_mark(row)}', _known(row['pid']), '' if pd.isna(row.get('camid')) else f'camera {row["camid"]:g}',
             '' if pd.isna(row.get('time')) else f'time {row["time"]:.10g}', _name(row['path']), box]
 

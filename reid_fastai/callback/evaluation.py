@@ -16,7 +16,7 @@ from fastai.torch_core import no_random,to_device
 from fastcore.all import *
 from torch import nn
 
-from ..core import PlainErrors,progress,ranks
+from ..core import PlainErrors,mean_of_mirrored,progress,ranks
 from ..distributed import join_parts,my_part
 from ..evaluation.metrics import *
 
@@ -46,9 +46,7 @@ def extract_features(
             mine,shared = _my_batches(dl)
             for b in progress(mine, 'Extracting features'):
                 x = to_device(b[0], device)
-                f = model(x)
-                if flip: f = (f + model(x.flip(-1)))/2
-                feats.append(f.float().cpu().as_subclass(torch.Tensor))
+                feats.append(mean_of_mirrored(model, x, flip).float().cpu().as_subclass(torch.Tensor))
     finally: model.train(training)
     feats = torch.cat(feats) if feats else None
     if shared: feats = join_parts(feats)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ImageMemory', 'ReadImage', 'ItemPath', 'ReIDImageBlock', 'Identify', 'PidBlock', 'Camera', 'CamBlock', 'ReIDDL',
-           'ReIDDataLoaders']
+           'ReIDDataLoaders', 'check_size']
 
 # %% ../../nbs/08_data.block.ipynb #86b2e427
 import os,warnings
@@ -251,7 +251,9 @@ class ReIDDataLoaders(DataLoaders):
     def vocab(self): "Identities by class number: `vocab[code]` is the `pid`"; return self.train.dataset.vocab
 
 # %% ../../nbs/08_data.block.ipynb #b1fe73c7
-def _check_size(size):
+def check_size(
+    size # (height, width) of images, px
+) -> tuple: # Of two integers
     "Raise `ValueError` unless `size` is (height, width)"
     if not (is_listy(size) and len(size)==2 and all(isinstance(o, Integral) and o>0 for o in size)):
         raise ValueError(f'size={brief(size, 60)}: pass (height, width) in pixels, such as (256,128).')
@@ -276,7 +278,7 @@ def from_splits(cls:ReIDDataLoaders,
     device:str|torch.device|None=None # Device of the batches; None: the GPU if there is one
 ) -> ReIDDataLoaders: # Loaders `train` and `valid`
     "Make loaders from `splits`"
-    size,val_bs = _check_size(size),check_int('val_bs', val_bs, 1, 10**6)
+    size,val_bs = check_size(size),check_int('val_bs', val_bs, 1, 10**6)
     if num_workers is not None: check_int('num_workers', num_workers, 0, 1024)
     check_protocol(splits)
     parts = [o[o.pid!=JUNK_PID] for o in (splits.train, splits.query, splits.gallery)]

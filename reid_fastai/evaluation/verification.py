@@ -14,7 +14,7 @@ import pandas as pd
 from fastcore.all import *
 
 from ..core import DISTRACTOR_PID,progress
-from ..files import atomic_write,checksum,read_bytes,read_json,write_json
+from ..files import atomic_write,checksum,model_file,read_bytes,read_json,write_json
 from .metrics import RetrievalResults
 from .pairs import Pairs
 
@@ -228,7 +228,7 @@ def read_verification(
     model_path:str|Path # Run folder, or file of `save_model`, with verification.json beside it
 ) -> dict: # 'model', 'metric', 'data', 'n_match', 'n_nonmatch', 'eer', 'thresholds': {'0.001': {'threshold', 'low', 'high', 'tar'}}, 'dir': {'0.01': {'threshold', 'dir'}}
     "Thresholds that are stored with a model"
-    file = Path(model_path)/'model.safetensors' if Path(model_path).is_dir() else Path(model_path)
+    file = model_file(model_path)
     path,again = file.with_name('verification.json'),f'reid-eval {model_path} --verify'
     if not path.exists(): raise ValueError(f'{file} has no verification.json beside it, so no threshold is known. Make it: {again}')
     res = read_json(path)
