@@ -733,6 +733,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'reid_fastai.distributed._alone': ('distributed.html#_alone', 'reid_fastai/distributed.py'),
                                          'reid_fastai.distributed._forward': ('distributed.html#_forward', 'reid_fastai/distributed.py'),
                                          'reid_fastai.distributed._join': ('distributed.html#_join', 'reid_fastai/distributed.py'),
+                                         'reid_fastai.distributed._one_start': ( 'distributed.html#_one_start',
+                                                                                 'reid_fastai/distributed.py'),
                                          'reid_fastai.distributed._sum_all': ('distributed.html#_sum_all', 'reid_fastai/distributed.py'),
                                          'reid_fastai.distributed._synced_norm': ( 'distributed.html#_synced_norm',
                                                                                    'reid_fastai/distributed.py'),

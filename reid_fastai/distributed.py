@@ -7,7 +7,7 @@ __all__ = ['LostProcess', 'talking', 'local_rank', 'together', 'told', 'by_leade
            'join_parts', 'gather', 'mean_gradients', 'same_tensors', 'draw_part', 'synced_norms']
 
 # %% ../nbs/00a_distributed.ipynb #3e744d2c
-import os,re
+import os,re,time,uuid
 from contextlib import contextmanager
 from functools import wraps
 from types import MethodType
@@ -38,12 +38,30 @@ def local_rank(
 
 _group = NS(store=None)  # key-value store of the processes
 
+def _one_start(
+    store, # Key-value store of the launcher
+    rank:int, # Of this process
+    n:int, # Number of processes
+    secs:float=dist.default_pg_timeout.total_seconds() # How long to wait for the others
+): # Store with the keys of these `n` processes alone
+    "Agree with the other processes on a name for this start"
+    mine,until = uuid.uuid4().hex,time.time()+secs
+    store.set(f'start/{rank}', mine)
+    while time.time()<until:
+        name = '-'.join(store.get(f'start/{i}').decode() for i in range(n))
+        store.set(f'seen/{rank}', name)
+        # The name holds a new number of each process, so a process that has ended cannot have seen it
+        if all(store.check([k := f'seen/{i}']) and store.get(k).decode()==name for i in range(n)): return dist.PrefixStore(name, store)
+        time.sleep(.02)
+    raise RuntimeError(f'not all of them answered within {secs:.0f} s')
+
 def _join():
     "Join the process group of a launcher"
     local = int(os.environ.get('LOCAL_RANK', os.environ['RANK']))
     if local<torch.cuda.device_count(): torch.cuda.set_device(local)
     try:
-        _group.store,rank,n = next(dist.rendezvous('env://'))
+        store,rank,n = next(dist.rendezvous('env://'))
+        _group.store = _one_start(store, rank, n)
         dist.init_process_group(store=_group.store, rank=rank, world_size=n)
     except (RuntimeError,ValueError) as e:
         raise ValueError(f'The {os.environ["WORLD_SIZE"]} started processes did not find each other: {brief(e, 120)}. Start them with `torchrun` or `accelerate launch`.') from e

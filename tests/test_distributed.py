@@ -66,6 +66,22 @@ def test_refusals(outcome, n):
         assert got['bs']==16 and all(len(o)<300 and '\n' not in o for o in got['messages'])
     assert not outcome('refused', 1)['messages']
 
+# ---- the start
+
+def test_a_second_start_ignores_the_keys_of_the_first():
+    "torchrun keeps its store when it starts processes again. One that is early must wait for the others, and not use the addresses of those that have ended"
+    from concurrent.futures import ThreadPoolExecutor
+    from reid_fastai.distributed import _one_start
+    server = torch.distributed.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
+    def start(rank, delay=0):
+        time.sleep(delay)
+        store = _one_start(torch.distributed.TCPStore('localhost', server.port, is_master=False), rank, 3, secs=20)
+        store.set(f'address {rank}', str(delay))
+        return [store.get(f'address {r}') for r in range(3)]
+    with ThreadPoolExecutor(3) as ex:
+        for delays in (0,0,0),(.5,0,.2),(0,.3,.6): assert list(ex.map(start, range(3), delays))==[[str(o).encode() for o in delays]]*3
+    with pytest.raises(RuntimeError, match='not all of them answered within 0 s'): _one_start(torch.distributed.TCPStore('localhost', server.port, is_master=False), 0, 3, secs=.3)
+
 # ---- from the shell
 
 tiny = '--arch resnet10t --pretrained none --size 64x32 --n-pids 4 --steps 2 --epochs'.split()
