@@ -68,7 +68,10 @@ def plot_ranked(
         raise ValueError(f'queries={bad.tolist()}: there are {len(res)} queries, counted from 0.')
     q_img,g_img = _getter(q_imgs, len(res), 'q_imgs'),_getter(g_imgs, len(res.g_pids), 'g_imgs')
     (idxs,dists),ap = res.topk(k, queries),res.ap
-    fig,axs = plt.subplots(len(queries), k+1, figsize=((k+1)*size, len(queries)*(2.05*size+.6)), squeeze=False, layout='constrained')
+    above,below,high = .5,.2,2.05*size  # inches: title, AP and image of a row
+    width,height = (k+1)*size,len(queries)*(above+high+below)
+    places = dict(left=.04/width, right=1-.04/width, top=1-above/height, bottom=below/height, wspace=.06, hspace=(above+below)/high)  # a layout engine takes seconds
+    fig,axs = plt.subplots(len(queries), k+1, figsize=(width, height), squeeze=False, gridspec_kw=places)
     for ax,q,idx,dist in zip(axs, queries, idxs.tolist(), dists.tolist()):
         _frame(ax[0], q_img(q), f'query {q}\n{_who(res.q_pids[q], res.q_camids[q])}')
         ax[0].set_xlabel(f'AP {100*ap[q]:.0f} %' if res.n_matches[q] else 'no match', fontsize=8, labelpad=2)

@@ -28,7 +28,7 @@ def save_figure(
     path:str|Path # PNG to write or replace
 ):
     "Write a figure whole or not at all"
-    fig.savefig(buf := BytesIO(), format='png', dpi=150, bbox_inches='tight')
+    fig.savefig(buf := BytesIO(), format='png', dpi=150)
     plt.close(fig)
     atomic_write(path, buf.getvalue())
 
