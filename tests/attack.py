@@ -16,7 +16,8 @@ from PIL import Image
 LIMIT = 60  # seconds after which a command hangs
 TINY = '--arch resnet10t --pretrained none --size 64x32 --n-pids 4 --epochs 3 --steps 2'.split()
 COMPARE = [*TINY, *'--epochs 1 --arms none adaptive --amplitudes 5e-3 --seeds 1'.split()]
-PROGS = 'reid-train','reid-eval','reid-compare','reid-synth'
+PROGS = {'reid-train':['data'], 'reid-eval':['run','data'], 'reid-compare':['data'], 'reid-synth':['path'],
+    'reid-embed':['model','images'], 'reid-search':['gallery','photos'], 'reid-export':['run']}  # and their positional arguments
 script = lambda prog: str(Path(sys.executable).parent/prog)
 
 class Failed(Exception):
@@ -164,7 +165,7 @@ class World:
         odd = {'train':[], 'train seed 1':['--seed','1'], 'train held-out':['--val-pids','.3','--rerank','--seed','3']}
         if name in odd: return ['reid-train', self.data, '--out', d/'run', *TINY, *odd[name]]
         shown = ['--out', d/'out'/'shown'] if '--out' in self.options('reid-eval') else []
-        return {'compare': ['reid-compare', self.data, '--out', d/'comp', *COMPARE], 'resume cut': ['reid-train', '--resume', d/'cut'], 'resume': ['reid-train', '--resume', d/'run'],
+        return {'embed': ['reid-embed', d/'run', self.data/'query', '--out', d/'gallery'], 'compare': ['reid-compare', self.data, '--out', d/'comp', *COMPARE], 'resume cut': ['reid-train', '--resume', d/'cut'], 'resume': ['reid-train', '--resume', d/'run'],
             'eval': ['reid-eval', d/'run', self.data, '--csv', d/'out'/'q.csv', '--features', d/'out'/'f.safetensors', '--rerank', *shown],
             'features': ['reid-eval', d/'run', '--features', d/'f.safetensors'], 'just eval': ['reid-eval', d/'run'],
             'pretrained': ['reid-train', self.data, '--out', d/'new', *TINY, '--pretrained', d/'run'/'model.safetensors'],
@@ -193,6 +194,7 @@ class World:
         self.rows = [[f'data/{o.parent.name}/{o.name}', re.match(r'-?\d+', o.name)[0].lstrip('0') or '0', re.search(r'_c(\d)', o.name)[1], s]
                      for s,p in (('train','bounding_box_train'),('query','query'),('gallery','bounding_box_test')) for o in sorted((self.data/p).glob('*.jpg'))]
         (self.dir/'table.csv').write_text(to_csv(self.rows))
+        if 'gallery' in need and (res := self.go('embed')).code: sys.exit(f'there is no gallery to attack: {res.err}')
         (self.dir/'out').mkdir(); (self.dir/'other').mkdir()
         for name,made in (('eval',self.dir/'out'), ('just eval',None), ('features',None), ('resume',None), ('images',None), ('table',None), ('compare',self.dir/'comp'), ('pretrained',self.dir/'new')):
             if name in need: ref(name, made)
@@ -420,24 +422,31 @@ def tables(a):
 BAD = ['', 'nan', 'inf', '-inf', '1e400', '-1', '9'*20, 'text', 'x'*5000, '☃λ ü', 'FILE', 'FOLDER', 'FILE/x', '100000x100000', '1x1', "'; ls", '%s{0}', 'true\n']
 ODD = ['0', '1', '0.5', '1e-320', '1000', '03']  # right for some options
 LONG = {(o, '1000') for o in ('--epochs','--steps','--seeds')}  # right, and too long for a test
-NAMES = '--out','--csv','--features','path'  # of what is to be made: any name is right
+NAMES = '--out','--csv','--features','--html','--png','path'  # of what is to be made: any name is right
+TEXTS = '--pid','--where'  # any text may be right
 
 def options(a):
     "A value that an option cannot have, or seldom has"
-    every = [(p, o, v) for p in PROGS for o in [*a.w.options(p), 'data' if p!='reid-synth' else 'path', *(['run'] if p=='reid-eval' else [])] for v in BAD+ODD if (o,v) not in LONG]
+    every = [(p, o, v) for p,pos in PROGS.items() for o in [*a.w.options(p), *pos] for v in BAD+ODD if (o,v) not in LONG]
     prog,opt,v = random.Random(a.seed).sample(every, len(every))[a.i%len(every)]
-    a.copy('run')
+    a.copy('run', *(['gallery'] if prog=='reid-search' else []))
     (a.dir/'FOLDER').mkdir()
     for o in ('FILE','FOLDER/mine'): (a.dir/o).write_text('mine')
     value = [v] if opt[0]!='-' else [opt, v]
-    pos = {'data': value, 'run': value}.get(opt, [])
-    argv = {'reid-train': ['reid-train', *(pos or [a.w.data]), '--out', 'new', *TINY], 'reid-compare': ['reid-compare', *(pos or [a.w.data]), '--out', 'new', *COMPARE],
-            'reid-eval': ['reid-eval', *(value if opt=='run' else ['run']), *(value if opt=='data' else [])], 'reid-synth': ['reid-synth', '--tiny', *(value if opt=='path' else ['new'])]}[prog]
+    pos = lambda name, *usual: value if opt==name else usual
+    photos = a.w.data/'query'
+    argv = {'reid-train': ['reid-train', *pos('data', a.w.data), '--out', 'new', *TINY], 'reid-compare': ['reid-compare', *pos('data', a.w.data), '--out', 'new', *COMPARE],
+            'reid-eval': ['reid-eval', *pos('run', 'run'), *pos('data')], 'reid-synth': ['reid-synth', '--tiny', *pos('path', 'new')],
+            'reid-embed': ['reid-embed', *pos('model', 'run'), *pos('images', photos), '--out', 'new'], 'reid-export': ['reid-export', *pos('run', 'run')],
+            'reid-search': ['reid-search', *pos('gallery', 'gallery'), *pos('photos', sorted(photos.glob('*.jpg'))[0])]}[prog]
     if opt=='--resume': argv = ['reid-train']
     if opt[0]=='-': argv += value
     made = a.dir/(v if opt in ('--out','path') else 'new')
     def right(res):
-        if v in BAD and not (opt in NAMES and v) and (opt,prog)!=('--root','reid-compare'): raise Failed('wrong', 'accepted')
+        if v in BAD and not (opt in NAMES+TEXTS and v) and (opt,prog)!=('--root','reid-compare'): raise Failed('wrong', 'accepted')
+        if prog=='reid-embed' and not made.is_dir(): raise Failed('wrong', 'there is no gallery')
+        if prog=='reid-export' and not [o for o in [made, *(a.dir/'run').iterdir()] if o.suffix in ('.onnx','.torchscript','.pt2') and o.is_file()]: raise Failed('wrong', 'there is no exported file')
+        if prog=='reid-search' and 'distance' not in res.out and '--quiet' not in argv: raise Failed('wrong', f'no answer: {res.out[-100:]!r}')
         if prog=='reid-eval' and not shown(res): raise Failed('wrong', f'no figures: {res.out[-100:]!r}')
         if prog in ('reid-train','reid-compare') and not (made/'summary.md').exists(): raise Failed('wrong', 'there is no summary.md')
         if prog=='reid-train' and 'NaN' in (made/'results.json').read_text(): raise Failed('wrong', 'NaN in results.json')
@@ -500,7 +509,7 @@ def can_mount():
 def _k(f, share, group, *needs): return SimpleNamespace(f=f, share=share, group=group, needs=needs)
 KINDS = {'kill train': _k(kill, .4, 'kills'), 'kill train held-out': _k(kill, .15, 'kills', 'train held-out'), 'kill compare': _k(kill, .18, 'kills', 'compare'), 'kill eval': _k(kill, .17, 'kills', 'eval'), 'kill a rank': _k(kill_rank, .1, 'kills', 'two'),
     'files of a run': _k(damage, .29, 'inputs', 'cut', 'resume', 'just eval', 'eval', 'features'), 'weights to start from': _k(damage, .02, 'inputs', 'pretrained'), 'files of a comparison': _k(damage, .1, 'inputs', 'compare', 'ccut'), 'images': _k(images, .13, 'inputs', 'images'),
-    'tables': _k(tables, .12, 'inputs', 'table'), 'options': _k(options, .26, 'inputs'), 'pickles': _k(pickles, .04, 'inputs', 'cut', 'resume', 'just eval', 'eval', 'features'),
+    'tables': _k(tables, .12, 'inputs', 'table'), 'options': _k(options, .26, 'inputs', 'gallery'), 'pickles': _k(pickles, .04, 'inputs', 'cut', 'resume', 'just eval', 'eval', 'features'),
     'surroundings': _k(surroundings, .025, 'inputs', 'compare', 'just eval'), 'two starts': _k(two_starts, .015, 'inputs', 'compare', 'train seed 1'),
     'disk full': _k(disk_full, 1, 'disks', 'train held-out', 'compare', 'eval')}
 
