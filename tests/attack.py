@@ -165,7 +165,7 @@ class World:
         odd = {'train':[], 'train seed 1':['--seed','1'], 'train held-out':['--val-pids','.3','--rerank','--seed','3']}
         if name in odd: return ['reid-train', self.data, '--out', d/'run', *TINY, *odd[name]]
         shown = ['--out', d/'out'/'shown'] if '--out' in self.options('reid-eval') else []
-        return {'embed': ['reid-embed', d/'run', self.data/'query', '--out', d/'gallery'], 'compare': ['reid-compare', self.data, '--out', d/'comp', *COMPARE], 'resume cut': ['reid-train', '--resume', d/'cut'], 'resume': ['reid-train', '--resume', d/'run'],
+        return {'embed': ['reid-embed', d/'run', self.data/'bounding_box_test', '--out', d/'gallery'], 'compare': ['reid-compare', self.data, '--out', d/'comp', *COMPARE], 'resume cut': ['reid-train', '--resume', d/'cut'], 'resume': ['reid-train', '--resume', d/'run'],
             'eval': ['reid-eval', d/'run', self.data, '--csv', d/'out'/'q.csv', '--features', d/'out'/'f.safetensors', '--rerank', *shown],
             'features': ['reid-eval', d/'run', '--features', d/'f.safetensors'], 'just eval': ['reid-eval', d/'run'],
             'pretrained': ['reid-train', self.data, '--out', d/'new', *TINY, '--pretrained', d/'run'/'model.safetensors'],
