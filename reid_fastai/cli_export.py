@@ -44,7 +44,7 @@ def _splits(file, data, int8):
 def reid_export(
     run:str, # Run folder of `reid-train`, or a model.safetensors
     format:str='onnx', # 'onnx', 'torchscript' or 'pt2'
-    out:str=None, # File to write, ending in .onnx, .torchscript or .pt2; default: beside the model
+    out:str=None, # File to write, ending in .onnx, .torchscript or .pt2; default: in the model's folder
     pixels:str='uint8', # Pixel format of the input: 'uint8', 'unit', 'imagenet' (floats as a tracker normalises them) or 'opencv' (BGR, channels last)
     flip:bool=False, # Average embeddings over image and mirror image inside the exported network
     normalize:bool=False, # Divide each embedding by its length inside the exported network

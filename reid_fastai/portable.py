@@ -52,7 +52,7 @@ def _averaged(net, x, flip, normalize):
     return F.normalize(emb) if normalize else emb
 
 class PortableNet(nn.Module):
-    "A network in evaluation mode, from pixels to embeddings"
+    "A network in evaluation mode that maps pixels to embeddings"
     def __init__(self,
         net:ReIDNet, # Network, also compiled or distributed; it is copied
         pixels:str='uint8', # Pixel format of the input, a key of `PIXELS`

@@ -117,7 +117,7 @@ def run_summary(
 @by_leader
 def summary_of(
     out:str|Path, # Run folder
-    res:dict # From `train_run` or `read_results`
+    res:dict # Metrics, from `train_run` or `read_results`
 ) -> str: # Markdown
     "`run_summary` of a complete run; also written to `summary.md` if that file is missing"
     text = run_summary(read_json(Path(out)/'config.json'), res)

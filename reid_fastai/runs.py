@@ -70,7 +70,7 @@ def _check_same(out, wanted):
 
 # %% ../nbs/19_runs.ipynb #60ba57c5
 def check_device(
-    device:str|torch.device|None # Such as 'cpu', 'cuda' or 'cuda:1'; None: the GPU if there is one
+    device:str|torch.device|None # Device such as 'cpu', 'cuda' or 'cuda:1'; None: the GPU if there is one
 ) -> torch.device|None: # The device; None if None was given
     "Raise `ValueError` if this machine does not have the device"
     if ranks.n>1: _check_own_gpu(device)

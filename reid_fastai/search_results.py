@@ -22,7 +22,7 @@ from .files import atomic_write,read_json
 from .interpret import _right,_wrong
 
 # %% ../nbs/18b_search_results.ipynb #9161fded
-_height = 128  # of a thumbnail, px
+_height = 128  # height and width limit of a thumbnail, px
 
 def thumbnail(
     im:Image.Image # Any size, RGB
