@@ -59,7 +59,7 @@ class RunConfig:
         epochs:int=None, # Epochs in which the whole network is trained; default: the recipe's, 10 if quick
         steps:int=None, # Batches per epoch; default: the recipe's; if quick, as many as the training images fill
         lr:float=None, # Highest learning rate; default: the recipe's, 1e-3 if quick
-        l2:str=None, # Regulariser: 'adaptive', 'conventional', 'none', 'rotation', 'auto' (rotation, and adaptive L2 for other arrays), 'decoupled', 'cautious', 'cpr', 'l2sp', 'awd' or 'lamb'; default: the recipe's, adaptive if quick
+        l2:str=None, # Regulariser: 'adaptive', 'conventional', 'none', 'rotation', 'auto' (rotation, and adaptive L2 for other arrays), 'decoupled', 'cautious', 'cpr', 'l2sp', 'awd' or 'lamb'; default: adaptive, rotation if laptop, conventional if published
         amplitude:float=5e-3, # A of adaptive L2; each λ starts at A/2
         factor:float=None, # λ of conventional L2; default: 2.5e-3; if published, half the published weight decay
         strength:float=None, # Strength of the other regularisers, such as λ of 'rotation' and 'decoupled'; default: the recipe's, or the callback's
