@@ -6,7 +6,7 @@
 __all__ = ['tiny_dls', 'tiny_learner', 'refused']
 
 # %% ../nbs/97_test_utils.ipynb #1618c142
-import textwrap,warnings
+import re,tempfile,textwrap,warnings
 from contextlib import contextmanager
 
 import torch
@@ -43,9 +43,13 @@ def tiny_learner(
 # %% ../nbs/97_test_utils.ipynb #21240fae
 @contextmanager
 def refused(
+    words:str='', # Part of the message
     exc:type=ValueError # Type of error the block must raise
 ):
-    "Print the error that the block raises; fail if it raises none"
+    "Print the error that the block raises; fail if it raises none or if `words` are not in its message"
     try: yield
-    except exc as e: print(textwrap.fill(f'{type(e).__name__}: {e}', 95, break_on_hyphens=False, break_long_words=False)+'\n')
+    except exc as e:
+        assert words in str(e), f'{words!r} is not in {str(e)!r}'
+        msg = re.sub(re.escape(tempfile.gettempdir())+r'[/\\]\w+', 'tmp', str(e))  # the name differs each time
+        print(textwrap.fill(f'{type(e).__name__}: {msg}', 95, break_on_hyphens=False, break_long_words=False)+'\n')
     else: raise AssertionError(f'the block raised no {exc.__name__}')
