@@ -36,7 +36,7 @@ def _splits(file, data, int8):
     if data is not None: return load_splits(data)
     try: return load_splits(_trained_on(file))
     except ValueError as e:
-        if int8: raise ValueError(f'int8: the ranges of 8-bit maps are measured on training images, and those of {file} are not at hand. Name a dataset: --data DATA') from e
+        if int8: raise ValueError(f'int8: the ranges of 8-bit feature maps are measured on training images, and those of {file} are not available. Name a dataset: --data DATA') from e
         return load_splits(make_synthetic(tiny=True))
 
 # %% ../nbs/21b_cli_export.ipynb #9c613285

@@ -153,7 +153,7 @@ def check_export(
     "Raise `ValueError` for options that cannot be exported; called before the network is loaded"
     for k,v,ok in (('format', format, SUFFIXES), ('pixels', pixels, PIXELS)):
         if v not in ok: raise ValueError(f'{k}={brief(v, 40)!r}: it must be one of {", ".join(ok)}.')
-    if int8 and format!='onnx': raise ValueError(f"int8 with format={format!r}: 8 bits are for ONNX alone. Use format='onnx', or leave int8 out.")
+    if int8 and format!='onnx': raise ValueError(f"int8 with format={format!r}: 8 bits are only for ONNX. Use format='onnx', or leave int8 out.")
     path,suffix = Path(path),SUFFIXES[format]
     if path.suffix!=suffix: raise ValueError(f'{brief(path, 120)}: a file of format {format} is to end in {suffix}. Name it {brief(path.stem, 60)}{suffix}, or give another format.')
     if format=='onnx': L('onnx','onnxruntime').map(_need)

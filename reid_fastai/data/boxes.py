@@ -29,7 +29,7 @@ def column_values(
     n:int # Images
 ) -> list: # `n` texts, floats, or for `camid` integers; None where it is not known
     "Check a column, and bring it into one type"
-    if name not in _columns: raise ValueError(f'{name!r} is no column. There are {", ".join(_columns)}.')
+    if name not in _columns: raise ValueError(f'{name!r} is not a column. The columns are {", ".join(_columns)}.')
     if isinstance(values, (str,Path,int,float,np.generic)) or values is None: values = [values]*n
     values = list(values)
     if len(values)!=n: raise ValueError(f'{name}: {len(values)} values for {n} images; one for each is needed, or a single one for all.')

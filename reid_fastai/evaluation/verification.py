@@ -146,7 +146,7 @@ def interval(self:Verification,
 def open_set(self:Verification,
     far:float|list|None=None # False accept rate of a search, or several; None: those of 0.1, 0.01 and 0.001 that there are enough queries for
 ) -> pd.DataFrame: # Indexed by far: threshold, dir
-    "Detection and identification rate at rank 1, where the threshold is that of a wished false accept rate of searches"
+    "Detection and identification rate at rank 1, where the threshold is that of a given false accept rate of searches"
     u = np.sort(self._near_other[np.isfinite(self._near_other)])
     fars = L(far) if far is not None else [o for o in _dir_fars if _allowed(o, len(u))]
     for o in fars: _check_far(o, len(u), 'searches without a mate')
