@@ -107,6 +107,7 @@ def reid_search(
 ): # `SearchResults`
     "Find the gallery images nearest to photos"
     check_int('k', k, 1)
+    check_share('far', far, 'pairs')
     files = list_images(photos)
     db = Gallery.load(gallery, model, chosen_device(device))
     check_outputs(dict(csv=csv, html=html, png=png), {f'photo {brief(o, 60)}': o for o in files})

@@ -88,7 +88,7 @@ def atomic_write(
             os.chmod(tmp, 0o666 & ~_umask())
             os.replace(tmp, path)
         except BaseException:
-            os.unlink(tmp)
+            with suppress(FileNotFoundError): os.unlink(tmp)  # a signal may arrive just after it was renamed
             raise
 
 # %% ../nbs/00a_files.ipynb #b41f29f3

@@ -94,6 +94,8 @@ def _leave_out(kinds, exclude):
     if not kept: raise ValueError(f'Nothing to regularise: the model has {len(kinds)} parameter arrays, and exclude={list(L(exclude))} leaves none. Exclude fewer.')
     return kept
 
+_largest = 1_000_000  # useful strengths are below 10
+
 def check_strength(
     what:str, # Name of the argument, for the message
     value:float|dict, # A number, or a dict of numbers by kind
@@ -105,6 +107,7 @@ def check_strength(
     for v in value.values() if by_kind else [value]:
         if not isinstance(v, Real) or isinstance(v, bool) or not math.isfinite(v) or v<0 or (v==0 and lowest=='> 0'):
             raise ValueError(f'{what}: got {v!r}, needed a finite number {lowest}{"" if by_kind else " (or a dict of such numbers by kind)"}.')
+        if v>_largest: raise ValueError(f'{what}: got {v!r}, the largest allowed value is {_largest:,}.')
 
 def _per_array(what, value, kinds, lowest):
     "`value` checked and repeated for each of `kinds` → (N,) float32"

@@ -290,6 +290,7 @@ BAD = {
     'out below a file':    ('reid-embed run photo.jpg --out photo.jpg/new', 'cannot be written'),
     'no model':            ('reid-embed nothing photo.jpg --out new', 'nothing'),
     'metric':              ('reid-embed run photo.jpg --out new --metric manhattan', 'manhattan'),
+    'far of no rate':      ('reid-search people photo.jpg --far 1e20', 'far=1e+20'),
     'same unknown':        ('reid-search people photo.jpg --same', 'reid-eval'),
     'same of another':     ('reid-search people2 photo.jpg --same', 'is of another model'),
     'photo replaced':      ('reid-search people photo.jpg --png photo.jpg', 'would be replaced'),

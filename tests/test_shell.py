@@ -166,6 +166,13 @@ def test_divergence_ends_a_run(data, tmp_path, shell):
 def test_messages_are_one_line():
     assert len(one_line('x'*10_000))<=300 and '\n' not in one_line('a\nb') and one_line('short')=='short'
 
+def test_a_signal_just_after_the_renaming_is_not_hidden(tmp_path, monkeypatch):
+    "The temporary file is gone by then; an error on removing it would replace that of the signal"
+    def replace(a, b, real=os.replace): real(a, b); raise KeyboardInterrupt
+    monkeypatch.setattr(files.os, 'replace', replace)
+    with pytest.raises(KeyboardInterrupt): files.atomic_write(tmp_path/'f', 'new')
+    assert [o.read_text() for o in tmp_path.iterdir()]==['new']
+
 # ---- options
 
 @pytest.mark.parametrize('opt', ['epochs','seed','steps','n_pids','n_imgs','eval_every','frozen_epochs','regions'])
@@ -179,6 +186,7 @@ def test_numbers_have_bounds(opt, v):
     (reid_train, ['--device', 'cuda:77'], ['device']), (reid_train, ['--workers', '-3'], ['workers']), (reid_train, ['/a'*2500], ['/a/a']),
     (reid_train, ['--epochs', 'ten'], ['--epochs', '--help']), (reid_train, ['--no-such-option'], ['--no-such-option']),
     (reid_compare, ['--arms', 'none', 'none'], ['none', 'once']), (reid_compare, ['--factors', '-1', '--amplitudes', '1'], ['factor']), (reid_compare, ['--amplitudes', '1e-3', '0', '1'], ['amplitude']),
+    (reid_train, ['--amplitude', '1e20'], ['amplitude', '1,000,000']), (reid_train, ['--factor', '9'*20], ['factor', '1,000,000']),
     (reid_compare, ['--tune-pids', '2'], ['identities']), (reid_compare, ['--seeds', '0'], ['seeds=0'])])
 def test_bad_options_are_refused_before_anything_is_trained(func, args, words, data, tmp_path, shell, monkeypatch):
     monkeypatch.chdir(tmp_path)

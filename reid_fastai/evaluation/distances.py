@@ -26,7 +26,7 @@ def as_feats(
     if len(x) and not torch.isfinite(torch.stack(torch.aminmax(x))).all():
         bad = (~torch.isfinite(x)).any(1).nonzero().flatten()
         raise ValueError(f'{name}: {len(bad)} of {len(x)} rows contain NaN or infinity, the first is row {bad[0]}. '
-                         'Check that training did not diverge and that features do not exceed the range of float16 (65504).')
+                         'If training diverged, lower `lr`; features must not exceed the range of float16 (65504).')
     return x
 
 # %% ../../nbs/09_evaluation.distances.ipynb #30de5e2c
