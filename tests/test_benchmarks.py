@@ -1,22 +1,46 @@
 "The benchmarks run, at toy size"
-import subprocess, sys
+import os, runpy, subprocess, sys, traceback
 from pathlib import Path
+from types import SimpleNamespace
 
-import pytest
+import pytest, torch
+
+import reid_fastai.all  # noqa: F401; once for all forks
 
 root = Path(__file__).parents[1]
 
 def run(*args): return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=root, timeout=200)
 
-def test_gpu_script_on_the_cpu():
-    res = run('benchmarks/gpu.py', '--tiny', '--device', 'cpu')
+def forked(script, *args, logs):
+    "Run a script in a fork of this process, which saves the imports"
+    if not hasattr(os, 'fork') or torch.cuda.is_available(): return run(script, *args)  # CUDA does not survive a fork
+    if not (pid := os.fork()):
+        code = 1
+        try:
+            for fd,o in ((1,'out'),(2,'err')):
+                os.dup2(os.open(logs/o, os.O_CREAT|os.O_WRONLY|os.O_TRUNC), fd)
+                setattr(sys, f'std{o}', open(fd, 'w', closefd=False))
+            os.chdir(root)
+            torch.set_num_threads(1)  # the threads of a fork's parent are gone
+            sys.argv = [script, *map(str, args)]
+            runpy.run_path(script, run_name='__main__')
+            code = 0
+        except SystemExit as e:
+            if isinstance(e.code, str): print(e.code, file=sys.stderr)
+            code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        except BaseException: traceback.print_exc()
+        finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
+    return SimpleNamespace(returncode=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), stdout=(logs/'out').read_text(), stderr=(logs/'err').read_text())
+
+def test_gpu_script_on_the_cpu(tmp_path):
+    res = forked('benchmarks/gpu.py', '--tiny', '--device', 'cpu', logs=tmp_path)
     assert res.returncode==0, res.stderr[-800:]
     for o in '| fp32 | contiguous_format |','| fp32 | channels_last |','the penalty alone','| tiny |': assert o in res.stdout
-    bad = run('benchmarks/gpu.py') if not __import__('torch').cuda.is_available() else None
+    bad = forked('benchmarks/gpu.py', logs=tmp_path) if not torch.cuda.is_available() else None
     assert bad is None or bad.returncode==1 and '\nNo GPU here' in '\n'+bad.stderr and 'Traceback' not in bad.stderr
 
-def test_training_beside_a_bare_loop():
-    res = run('benchmarks/training.py', '--arch', 'resnet10t', '--size', '64', '32', '--bs', '8', '--steps', '1', '--rounds', '1')
+def test_training_beside_a_bare_loop(tmp_path):
+    res = forked('benchmarks/training.py', logs=tmp_path, *['--arch', 'resnet10t', '--size', '64', '32', '--bs', '8', '--steps', '1', '--rounds', '1'])
     assert res.returncode==0 and '× the bare loop' in res.stdout and 'peak memory' in res.stdout, res.stderr[-800:]
 
 def test_how_many_identities(tmp_path):
@@ -26,27 +50,30 @@ def test_how_many_identities(tmp_path):
     from reid_fastai.files import read_json
     data = str(make_synthetic(tiny=True))
     args = ['benchmarks/identities.py', data, '--out', tmp_path/'o', '--pretrained', 'none', '--identities', '0', '3', '6', '--set', 'arch=resnet10t', 'size=64x32', 'epochs=1', 'n_pids=4']
-    res = run(*args)
+    res = forked(*args, logs=tmp_path)
     assert res.returncode==0 and '| identities | images | mAP | Rank-1 |' in res.stdout, res.stderr[-800:]
     df = pd.read_csv(tmp_path/'o'/'identities.csv')
     assert df.identities.tolist()==[0,3,6] and df.images.tolist()==[0,18,36]
     few,more = (read_json(tmp_path/'o'/f'{n}-all-42'/'config.json') for n in (3,6))
     assert (few['n_pids'],more['n_pids'])==(3,4) and few['steps']==more['steps']==3
     before = (tmp_path/'o'/'3-all-42'/'model.safetensors').stat().st_mtime_ns
-    assert run(*args).returncode==0 and (tmp_path/'o'/'3-all-42'/'model.safetensors').stat().st_mtime_ns==before
-    bad = run(*args, '--identities', '99')
+    assert forked(*args, logs=tmp_path).returncode==0 and (tmp_path/'o'/'3-all-42'/'model.safetensors').stat().st_mtime_ns==before
+    bad = forked(*args, '--identities', '99', logs=tmp_path)
     assert bad.returncode==1 and 'has 10 training identities' in bad.stderr and 'Traceback' not in bad.stderr
 
-def test_retrieval_with_thresholds():
-    res = run('benchmarks/retrieval.py', '--sizes', 'tiny', '--repeats', '1', '--verify')
+def test_retrieval_with_thresholds(tmp_path):
+    res = forked('benchmarks/retrieval.py', '--sizes', 'tiny', '--repeats', '1', '--verify', logs=tmp_path)
     assert res.returncode==0 and 'equal error rate' in res.stdout and 'intervals' in res.stdout, res.stderr[-800:]
 
 def test_exported_networks():
-    __import__('pytest').importorskip('onnxruntime')
+    pytest.importorskip('onnxruntime')
     res = run('benchmarks/export.py', '--arch', 'test_resnet', '--size', '64', '32', '--bs', '2', '--rounds', '1', '--images', '4', '--threads', '1')
     assert res.returncode==0 and '| ONNX int8 | 2 |' in res.stdout, res.stderr[-800:]
-def test_gallery_at_toy_size():
+
+def test_gallery_at_toy_size(tmp_path, capsys):
+    "All steps in this process"
     pytest.importorskip('lancedb')
-    res = run('benchmarks/gallery.py', '--n', '600', '--d', '32', '--queries', '5')
-    assert res.returncode==0, res.stderr[-800:]
-    for o in '600 embeddings of 32 numbers','| write','| build the index','| approximate search','| exact search','| recall of the index | @1 ': assert o in res.stdout
+    script = runpy.run_path(str(root/'benchmarks/gallery.py'))
+    for o in script['STEPS']: script['step'](o, SimpleNamespace(n=600, d=32, queries=5, home=str(tmp_path)))
+    out = capsys.readouterr().out
+    for o in '| write','| build the index','| approximate search','| exact search','| recall of the index | @1 ': assert o in out
