@@ -96,6 +96,7 @@ def _parse_size(s, what='size'):
     return [h,w]
 
 # %% ../nbs/18a_config.ipynb #30646e41
+_largest_lr = 1_000_000  # useful learning rates are far smaller
 _bounds = dict(n_pids=(1,10_000), n_imgs=(1,1_000), frozen_epochs=(0,100_000), epochs=(1,100_000), steps=(1,1_000_000), eval_every=(1,100_000), seed=(0,2**32-1))
 
 @patch
@@ -106,7 +107,7 @@ def _check(self:RunConfig):
         if v is not None and (isinstance(v, bool) or not isinstance(v, int) or not lo<=v<=hi):
             why = f', as an image of {self.size[0]} px has at most so many strips' if k=='regions' else ''
             raise ValueError(f'{k}={v}: a whole number from {lo} to {hi:,} is needed{why}.')
-    if not (isinstance(self.lr, (int,float)) and 0<self.lr<math.inf): raise ValueError(f'lr={self.lr}: a positive, finite number is needed.')
+    if not (isinstance(self.lr, (int,float)) and 0<self.lr<=_largest_lr): raise ValueError(f'lr={self.lr}: a positive, finite number is needed, at most {_largest_lr:,}.')
     check_share('val_pids', self.val_pids)
     self._check_first()
     if self.recipe!='paper' and self.frozen_epochs: raise ValueError(f'frozen_epochs={self.frozen_epochs}: only recipe=paper has a frozen phase to choose.')

@@ -450,7 +450,7 @@ def options(a):
         if prog=='reid-eval' and not shown(res): raise Failed('wrong', f'no figures: {res.out[-100:]!r}')
         if prog in ('reid-train','reid-compare') and not (made/'summary.md').exists(): raise Failed('wrong', 'there is no summary.md')
         if prog=='reid-train' and 'NaN' in (made/'results.json').read_text(): raise Failed('wrong', 'NaN in results.json')
-    said = {opt.lstrip('-'), opt.lstrip('-').replace('-', '_'), v[:40].strip() or 'argument'}
+    said = {opt.strip('-'), opt.strip('-').replace('-', '_'), opt.strip('-').rstrip('s'), v[:40].strip() or 'argument'}
     try: a.judge(argv, said, right)
     except Failed as e: raise Failed(e.what, f'{prog} {opt} {v[:40]!r}: {e.why}') from e
 

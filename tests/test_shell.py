@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pandas as pd, pytest, torch
 
-from reid_fastai import cli, files, runs
+from reid_fastai import cli, config, files, runs
 from reid_fastai.cli import reid_compare, reid_eval, reid_train
 from reid_fastai.config import RunConfig, read_config
 from reid_fastai.data.datasets import read_dataset
@@ -160,7 +160,8 @@ def test_output_is_no_reason_to_lose_a_run(data, tmp_path, monkeypatch):
     print('λ', file=Patient(stream := io.TextIOWrapper(raw, 'cp1252')))
     assert raw.getvalue()==b'?\n' and (tmp_path/'r'/'results.json').exists()
 
-def test_divergence_ends_a_run(data, tmp_path, shell):
+def test_divergence_ends_a_run(data, tmp_path, shell, monkeypatch):
+    monkeypatch.setattr(config, '_largest_lr', 1e30)
     refused(shell(reid_train, data, '--out', tmp_path/'r', *tiny, '--lr', '1e30'), 'diverged', 'lr')
 
 def test_messages_are_one_line():
@@ -182,7 +183,7 @@ def test_numbers_have_bounds(opt, v):
 
 @pytest.mark.parametrize('func,args,words', [
     (reid_train, ['--resume', ''], ["resume=''", 'unset']), (reid_train, [''], ["data=''"]), (reid_train, ['--pretrained', ''], ["pretrained=''"]),
-    (reid_train, ['--lr', 'inf'], ['lr=inf']), (reid_train, ['--size', '100000x100000'], ['size']), (reid_train, ['--l2', 'annealed'], ["'none'"]),
+    (reid_train, ['--lr', 'inf'], ['lr=inf']), (reid_compare, ['--lr', '1e20'], ['lr=1e+20']), (reid_train, ['--size', '100000x100000'], ['size']), (reid_train, ['--l2', 'annealed'], ["'none'"]),
     (reid_train, ['--device', 'cuda:77'], ['device']), (reid_train, ['--workers', '-3'], ['workers']), (reid_train, ['/a'*2500], ['/a/a']),
     (reid_train, ['--epochs', 'ten'], ['--epochs', '--help']), (reid_train, ['--no-such-option'], ['--no-such-option']),
     (reid_compare, ['--arms', 'none', 'none'], ['none', 'once']), (reid_compare, ['--factors', '-1', '--amplitudes', '1'], ['factor']), (reid_compare, ['--amplitudes', '1e-3', '0', '1'], ['amplitude']),
