@@ -386,6 +386,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'reid_fastai.cli._queries': ('cli.html#_queries', 'reid_fastai/cli.py'),
                                  'reid_fastai.cli._quietly': ('cli.html#_quietly', 'reid_fastai/cli.py'),
                                  'reid_fastai.cli._resumed': ('cli.html#_resumed', 'reid_fastai/cli.py'),
+                                 'reid_fastai.cli._started_again': ('cli.html#_started_again', 'reid_fastai/cli.py'),
                                  'reid_fastai.cli._strengths': ('cli.html#_strengths', 'reid_fastai/cli.py'),
                                  'reid_fastai.cli._trained_on': ('cli.html#_trained_on', 'reid_fastai/cli.py'),
                                  'reid_fastai.cli._verify': ('cli.html#_verify', 'reid_fastai/cli.py'),

@@ -159,6 +159,14 @@ def test_a_killed_process(jobs, rank):
         assert distance(weights(d), weights(whole))[0]<2e-3
         np.testing.assert_allclose(pd.read_csv(d/'lambdas.csv').lam, pd.read_csv(whole/'lambdas.csv').lam, rtol=1e-5)
 
+def test_each_node_counts_its_own_restarts(monkeypatch):
+    "A process was killed on the other node: the node of rank 0 has counted no failure, and goes on with the run all the same"
+    from reid_fastai import cli
+    for counts,again in (((0,0), False), ((0,1), True), ((2,0), True)):
+        monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', str(counts[0]))
+        monkeypatch.setattr(cli, 'join_parts', lambda x: torch.cat([x, torch.tensor(counts[1:])]))
+        assert cli._started_again()==again
+
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='finds the processes of torchrun in /proc')
 def test_torchrun_starts_again_by_itself(jobs, tmp_path):
     "One of its processes is killed: torchrun starts all of them anew, and these go on with the run"
