@@ -6,13 +6,6 @@ import pytest
 if 'PYTEST_XDIST_WORKER' in os.environ:
     for o in ('OMP_NUM_THREADS','MKL_NUM_THREADS','OPENBLAS_NUM_THREADS'): os.environ.setdefault(o, '1')
 
-LONG = 'notebooks','distributed','benchmarks','docs','cli','recipe','attack','evaluation','methods'
-
-def pytest_collection_modifyitems(items):
-    "Files that take long come first, so that no worker waits for another at the end"
-    rank = lambda o: LONG.index(name) if (name := o.path.stem.removeprefix('test_')) in LONG else len(LONG)
-    items.sort(key=rank)
-
 @pytest.fixture
 def interrupted(monkeypatch):
     "Trains a run, and interrupts it after some epochs"
