@@ -47,7 +47,7 @@ def _quietly(quiet):
     return contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext()
 
 def _started_again():
-    "Whether `torchrun` has started these processes again. Each node counts its own failures, so that of rank 0 may have none"
+    "Whether `torchrun` has started these processes again; each node counts only its own failures, so the count of rank 0 can be 0"
     return bool(join_parts(torch.tensor([int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))])).any())
 
 @by_leader
@@ -55,7 +55,7 @@ def _new_folder(out, default, again):
     "Path of the new folder; raise `ValueError` if it exists. A default name begins with `default`"
     launcher = 'TORCHELASTIC_RUN_ID' in os.environ  # `torchrun`, which restarts all processes if one of them has ended
     begun = lambda o: os.path.exists(Path(o)/'config.json')
-    if launcher and again:
+    if again:
         if was := first(o for o in ([out] if out else sorted(Path('runs').glob(f'{Path(default).name}-*-{os.getppid()}'), reverse=True)) if begun(o)): return Path(was)
     out = Path(ifnone(out, f'{default}-{time.strftime("%Y%m%d-%H%M%S")}-{os.getppid() if launcher else os.getpid()}'))
     if os.path.lexists(out): raise ValueError(f'{out} exists already, and a run never overwrites another. Give another `--out`; `--resume {out}` goes on with an interrupted run.')

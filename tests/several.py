@@ -17,6 +17,7 @@ from reid_fastai.all import *
 from reid_fastai.core import ranks
 from reid_fastai.test_utils import *
 import reid_fastai.callback.distributed as cd
+from forks import fork, leave, log_to
 
 class Frozen(Callback):
     "Norms use the statistics they have"
@@ -139,25 +140,16 @@ def go(out, cases, rank, n, port):
 def free_port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 
-def fork(f, *args):
-    "Run `f` in a forked process, whose number is returned"
-    if pid := os.fork(): return pid
-    code = 1
-    try: f(*args); code = 0
-    except BaseException: import traceback; traceback.print_exc()
-    finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
-
 def in_group(rank, n, port): return dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(n), RANK=str(rank), LOCAL_RANK=str(rank))
 
 def command(argv, cwd, log, group):
     "Be one of the processes that run a command"
-    for fd,ext in ((1,'out'),(2,'err')): os.dup2(os.open(f'{log}.{ext}', os.O_CREAT|os.O_WRONLY|os.O_TRUNC), fd)
-    sys.stdout,sys.stderr = (open(fd, 'w', closefd=False) for fd in (1,2))
+    log_to(log)
     os.environ.update(group)
     os.chdir(cwd)
     torch.set_num_threads(1)
     try: cli.main(argv)
-    except SystemExit as e: sys.stdout.flush(); sys.stderr.flush(); os._exit(e.code or 0)
+    except SystemExit as e: leave(e)
 
 def run(job):
     """Run `argv`, or of each rank its own in `argvs`, in `n` processes; `kill`: [rank, file that must be there, how many lines it must have]"""

@@ -1,11 +1,12 @@
 "The benchmarks run, at toy size"
-import os, runpy, subprocess, sys, traceback
+import os, runpy, signal, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest, torch
 
 import reid_fastai.all  # noqa: F401; once for all forks
+from forks import fork, leave, log_to
 
 root = Path(__file__).parents[1]
 
@@ -14,23 +15,17 @@ def run(*args): return subprocess.run([sys.executable, *args], capture_output=Tr
 def forked(script, *args, logs):
     "Run a script in a fork of this process, which saves the imports"
     if not hasattr(os, 'fork') or torch.cuda.is_available(): return run(script, *args)  # CUDA does not survive a fork
-    if not (pid := os.fork()):
-        code = 1
-        try:
-            for fd,o in ((1,'out'),(2,'err')):
-                os.dup2(os.open(logs/o, os.O_CREAT|os.O_WRONLY|os.O_TRUNC), fd)
-                setattr(sys, f'std{o}', open(fd, 'w', closefd=False))
-            os.chdir(root)
-            torch.set_num_threads(1)  # the threads of a fork's parent are gone
-            sys.argv = [script, *map(str, args)]
-            runpy.run_path(script, run_name='__main__')
-            code = 0
-        except SystemExit as e:
-            if isinstance(e.code, str): print(e.code, file=sys.stderr)
-            code = e.code if isinstance(e.code, int) else int(e.code is not None)
-        except BaseException: traceback.print_exc()
-        finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
-    return SimpleNamespace(returncode=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), stdout=(logs/'out').read_text(), stderr=(logs/'err').read_text())
+    _,status = os.waitpid(fork(_script, [script, *map(str, args)], logs/'log'), 0)
+    return SimpleNamespace(returncode=os.waitstatus_to_exitcode(status), **{f'std{o}': (logs/f'log.{o}').read_text() for o in ('out','err')})
+
+def _script(argv, log):
+    log_to(log)
+    os.chdir(root)
+    signal.alarm(200)  # as long as `run` waits
+    torch.set_num_threads(1)  # the threads of the parent do not exist in a fork
+    sys.argv = argv
+    try: runpy.run_path(argv[0], run_name='__main__')
+    except SystemExit as e: leave(e)
 
 def test_gpu_script_on_the_cpu(tmp_path):
     res = forked('benchmarks/gpu.py', '--tiny', '--device', 'cpu', logs=tmp_path)
@@ -70,10 +65,13 @@ def test_exported_networks():
     res = run('benchmarks/export.py', '--arch', 'test_resnet', '--size', '64', '32', '--bs', '2', '--rounds', '1', '--images', '4', '--threads', '1')
     assert res.returncode==0 and '| ONNX int8 | 2 |' in res.stdout, res.stderr[-800:]
 
-def test_gallery_at_toy_size(tmp_path, capsys):
-    "All steps in this process"
+def test_gallery_at_toy_size(monkeypatch, capsys):
+    "All steps in this process, as the database does not survive a fork"
     pytest.importorskip('lancedb')
-    script = runpy.run_path(str(root/'benchmarks/gallery.py'))
-    for o in script['STEPS']: script['step'](o, SimpleNamespace(n=600, d=32, queries=5, home=str(tmp_path)))
+    def here(*argv):
+        monkeypatch.setattr(sys, 'argv', list(argv))
+        runpy.run_path(argv[0], run_name='__main__')
+    monkeypatch.setattr(subprocess, 'run', lambda argv, check: here(*argv[1:]))
+    here(str(root/'benchmarks/gallery.py'), '--n', '600', '--d', '32', '--queries', '5')
     out = capsys.readouterr().out
-    for o in '| write','| build the index','| approximate search','| exact search','| recall of the index | @1 ': assert o in out
+    for o in '600 embeddings of 32 numbers','| write','| build the index','| approximate search','| exact search','| recall of the index | @1 ': assert o in out
