@@ -76,7 +76,7 @@ def check_device(
     if ranks.n>1: _check_own_gpu(device)
     if device is None: return
     try: torch.zeros(1, device=(device := torch.device(device)))
-    except (RuntimeError, AssertionError, NotImplementedError) as e: raise ValueError(f"device={str(device)!r} is not available: {first(str(e).splitlines())} `cpu` always is.") from e
+    except (RuntimeError, AssertionError, NotImplementedError) as e: raise ValueError(f"device={str(device)!r} is not available: {first(str(e).splitlines()).rstrip('.')}. `cpu` is always available.") from e
     return device
 
 def chosen_device(

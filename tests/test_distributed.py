@@ -1,5 +1,6 @@
 "Several processes give the training, the figures and the files of one"
 import json, os, re, signal, subprocess, sys, time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,12 +76,12 @@ def test_a_second_start_ignores_the_keys_of_the_first():
     server = torch.distributed.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
     def start(rank, delay=0):
         time.sleep(delay)
-        store = _one_start(torch.distributed.TCPStore('localhost', server.port, is_master=False), rank, 3, secs=20)
+        store = _one_start(torch.distributed.TCPStore('localhost', server.port, is_master=False, timeout=timedelta(seconds=20)), rank, 3, secs=20)
         store.set(f'address {rank}', str(delay))
         return [store.get(f'address {r}') for r in range(3)]
     with ThreadPoolExecutor(3) as ex:
         for delays in (0,0,0),(.5,0,.2),(0,.3,.6): assert list(ex.map(start, range(3), delays))==[[str(o).encode() for o in delays]]*3
-    with pytest.raises(RuntimeError, match='not all of them answered within 0 s'): _one_start(torch.distributed.TCPStore('localhost', server.port, is_master=False), 0, 3, secs=.3)
+    with pytest.raises(RuntimeError, match='not all of them answered within 0 s'): _one_start(torch.distributed.TCPStore('localhost', server.port, is_master=False, timeout=timedelta(seconds=20)), 0, 3, secs=.3)
 
 # ---- from the shell
 
