@@ -211,14 +211,15 @@ def reid_compare(
     check_workers(workers)
     if table: return _paper_table(table, root, Path(ifnone(out, 'runs/paper-table')), seed, quiet, kwargs)
     if archs and kwargs.get('arch'): raise ValueError(f'--arch {kwargs["arch"]}: --archs {" ".join(archs)} names the networks. Leave one of the two out.')
-    cfg = RunConfig(data, seed=seed, **kwargs)
+    cfgs = [RunConfig(data, seed=seed, **dict(kwargs, arch=o)) for o in archs or [kwargs.get('arch')]]
+    cfg = cfgs[0]
     of = 'networks' if archs else Path(cfg.arch).name
     out = Path(ifnone(out, Path('runs')/f'compare-{Path(cfg.data).stem.lower()}-{of}'))
     if not archs: check_folder(out, 'comparison.json')
     with _quietly(quiet):
         args = dict(arms=arms, seeds=seeds, factors=factors, amplitudes=amplitudes, tune_pids=tune_pids, device=device, workers=workers, strengths=_strengths(strengths), tune_distractors=tune_distractors)
         splits = load_splits(cfg.data)
-        if archs: res = markdown_table(compare_archs(out, splits, [RunConfig(data, seed=seed, **dict(kwargs, arch=o)) for o in archs], **args))
+        if archs: res = markdown_table(compare_archs(out, splits, cfgs, **args))
         else:
             (comparison := Comparison(out, splits, cfg, **args)).run()
             res = comparison.summary()

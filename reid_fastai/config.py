@@ -21,6 +21,7 @@ from .callback.rotation import AutoL2,RotationControl
 from .core import check_share
 from .distributed import by_leader
 from .files import read_json
+from .models import resolve_arch
 from .published import find_recipe
 from .regularizers import check_strength
 from .schedules import *
@@ -111,6 +112,7 @@ def _check(self:RunConfig):
     check_share('val_pids', self.val_pids)
     self._check_first()
     if self.recipe!='paper' and self.frozen_epochs: raise ValueError(f'frozen_epochs={self.frozen_epochs}: only recipe=paper has a frozen phase to choose.')
+    resolve_arch(self.arch)
     check_precision(self.precision)
     if not isinstance(self.compile, bool): raise ValueError(f'compile={self.compile!r}: it must be True or False.')
     check_strength('amplitude', self.amplitude, '> 0')

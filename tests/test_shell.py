@@ -196,6 +196,13 @@ def test_bad_options_are_refused_before_anything_is_trained(func, args, words, d
     refused(shell(func, *([] if '--size' in args else tiny[4:6]), *tiny[:4], '--n-pids', '4', *args), *words)
     assert not list(tmp_path.iterdir())
 
+def test_an_unknown_network_is_refused_before_images_are_rendered(tmp_path, shell, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, 'load_splits', lambda *_: pytest.fail('it reads the data'))
+    for args in ((reid_train, '--arch', 'resnet5'), (reid_compare, '--arch', 'resnet5'), (reid_compare, '--archs', 'resnet10t', 'resnet5')):
+        refused(shell(*args), "'resnet5'", 'resnet50')
+    assert not list(tmp_path.iterdir())
+
 def test_switches(done, shell, tmp_path):
     assert shell(reid_eval, done, '--flip').out==shell(reid_eval, done).out!=shell(reid_eval, done, '--no-flip').out
     assert shell(reid_eval, done, '--quiet').out==''
