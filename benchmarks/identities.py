@@ -5,11 +5,12 @@
 0 identities is the starting model without any training on DATA: with `--pretrained FILE`, one that was trained elsewhere. Identities of a seed are nested: those of 25 are among those of 50.
 All runs take as many steps as an epoch of the whole training set has, unless `--set steps=…` says otherwise. Runs that are complete in FOLDER are not repeated, and interrupted ones go on.
 """
-import argparse, json, sys
+import argparse, sys
 from pathlib import Path
 
 import numpy as np, pandas as pd
 
+from options import add_set
 from reid_fastai.callback.evaluation import search
 from reid_fastai.config import RunConfig
 from reid_fastai.core import DISTRACTOR_PID, ReIDSplits
@@ -33,17 +34,11 @@ def untrained(splits, cfg):
     df,files = search_rows(splits)
     return result_figures(search(Embedder(build_net(cfg, 1), cfg.size)(files, flip=cfg.flip), df))
 
-def value(text):
-    "'epochs=10' → ('epochs', 10)"
-    k,_,v = text.partition('=')
-    try: return k,json.loads(v)
-    except ValueError: return k,v
-
 def main(a):
     splits,out,rows = load_splits(a.data),Path(a.out),[]
     for seed in range(a.seed, a.seed+a.seeds):
         for n in a.identities:
-            opts = dict(dict(map(value, a.set)), data=a.data, seed=seed, pretrained=a.pretrained)
+            opts = dict(dict(a.set), data=a.data, seed=seed, pretrained=a.pretrained)
             cfg = RunConfig(**opts)
             part = subset(splits, n, a.images, seed)
             steps = cfg.steps or max(1, len(splits.train)//(cfg.n_pids*cfg.n_imgs))
@@ -67,6 +62,6 @@ if __name__=='__main__':
     p.add_argument('--seed', type=int, default=42, help='the first of them')
     p.add_argument('--pretrained', default='imagenet', help="'imagenet', 'none', or a model.safetensors to start from")
     p.add_argument('--device')
-    p.add_argument('--set', nargs='*', default=[], metavar='OPTION=VALUE', help='options of reid-train, such as epochs=10')
+    add_set(p)
     try: main(p.parse_args())
     except ValueError as e: sys.exit(f'identities.py: error: {e}')

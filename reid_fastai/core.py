@@ -37,15 +37,15 @@ def brief(
 def check_int(
     name:str, # Name of the number, for the message
     value, # Given value
-    low:int=0, # Smallest value
-    high:int=2**63-1 # Largest value; the default is the largest seed
-) -> int: # The value
+    low:int=0, # Smallest allowed value
+    high:int=2**63-1 # Largest allowed value; the default is the largest 64-bit integer
+) -> int: # The value as a Python integer
     "Raise `ValueError` unless `value` is a whole number from `low` to `high`"
     if isinstance(value, bool) or not isinstance(value, Integral) or not low<=value<=high:
         raise ValueError(f'{name}={brief(value, 40)}: it must be a whole number from {low} to {high}.')
     return int(value)
 
-# %% ../nbs/00_core.ipynb #a3fab9d7
+# %% ../nbs/00_core.ipynb #a02c9bb4
 def check_share(
     name:str, # Name of the number, for the message
     v:float, # Given value
@@ -53,8 +53,10 @@ def check_share(
     whole:bool=False # Whether 1 is allowed
 ):
     "Raise `ValueError` unless `v` is a share"
-    if not isinstance(v, (int,float)) or not 0<=v<=1 or (v==1 and not whole): raise ValueError(f'{name}={v}: needed a share of the {of}, at least 0 and {"at most" if whole else "below"} 1.')
+    if not isinstance(v, (int,float)) or not 0<=v<=1 or (v==1 and not whole):
+        raise ValueError(f'{name}={v}: needed a share of the {of}, at least 0 and {"at most" if whole else "below"} 1.')
 
+# %% ../nbs/00_core.ipynb #a3fab9d7
 def number_files(
     paths:list, # Paths of a table
     root:str|Path|None=None # Folder that the paths are relative to
@@ -94,7 +96,7 @@ def _check_digits(df, name):
             raise ValueError(f'{name}: {brief(df.path.iloc[at], 60)} has {c} {brief(v, 30)} of {len(v)} digits; a number has at most 18. Write it as a name, such as "p{v[:6]}…".')
 
 def _check_files(df, name, files):
-    "Raise `ValueError` for images listed twice; `files` are equal numbers for rows of the same file"
+    "Raise `ValueError` for images listed twice; `files` are numbers, equal for rows of the same file"
     if (n := df.groupby(files).pid.nunique()).max()>1:
         raise ValueError(f'{name}: {brief(df.path[files==n.idxmax()].iloc[0])} is listed with {n.max()} identities. Keep only the right one.')
     if (twice := pd.DataFrame(dict(file=files, split=df.split.to_numpy())).duplicated()).any():
@@ -117,7 +119,7 @@ class ReIDSplits:
         df:pd.DataFrame, # One row per image: `path`, `pid` (a number or a name), `split` ('train', 'query' or 'gallery') and optionally `camid`
         name:str='custom', # Name of the dataset in tables and summaries
         root:str|Path|None=None, # Folder that `path` is relative to; None if paths are absolute or relative to the current folder
-        notes:list=() # Notes on the dataset, shown with its counts
+        notes:list=() # Notes on the dataset (strings), shown with its counts
     ):
         short = brief(name)
         _check_splits(df, short)
@@ -224,13 +226,13 @@ def progress(
     desc:str='', # Name of the operation
     total:int|None=None, # Number of items, if `it` has no length
 ) -> tqdm: # Yields the items of `it`
-    "Iterate with a progress bar that appears after 1.5 seconds and disappears at the end; no bar if stderr is a file or a pipe"
+    "Iterate with a progress bar that appears after 1.5 seconds and disappears at the end; outside notebooks, no bar if stderr is a file or a pipe"
     return tqdm(it, desc=desc, total=total, delay=1.5, leave=False, dynamic_ncols=True, disable=bool(ranks.rank) or (False if in_notebook() else None))
 
 # %% ../nbs/00_core.ipynb #d70ff566
 def free_memory(
     ) -> int|None: # Bytes; None if unknown
-    "Free memory, within the container's limit"
+    "Free memory, at most the memory limit of the container"
     def f(path, pattern): return int(m[1]) if os.path.exists(path) and (m := re.search(pattern, Path(path).read_text())) else None
     kb = f('/proc/meminfo', r'MemAvailable:\s+(\d+)')
     return min(L(kb and 1024*kb, f('/sys/fs/cgroup/memory.max', r'(\d+)')).filter(), default=None)
@@ -259,7 +261,7 @@ def unwrap(
 
 # %% ../nbs/00_core.ipynb #2f41004c
 def mean_of_mirrored(
-    net, # From images (b, c, h, w) to embeddings (b, d)
+    net, # Function from images (b, c, h, w) to embeddings (b, d)
     x, # (b, c, h, w) images
     flip:bool=True # Whether to average; False: the embeddings of `x` alone
 ): # (b, d) embeddings

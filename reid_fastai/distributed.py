@@ -40,9 +40,9 @@ _group = NS(store=None)  # key-value store of the processes
 
 def _one_start(
     store, # Key-value store of the launcher
-    rank:int, # Of this process
+    rank:int, # Rank of this process
     n:int, # Number of processes
-    secs:float=dist.default_pg_timeout.total_seconds() # How long to wait for the others
+    secs:float=dist.default_pg_timeout.total_seconds() # Longest time to wait for the other processes, in seconds
 ): # Store with the keys of these `n` processes alone
     "Agree with the other processes on a name for this start"
     mine,until = uuid.uuid4().hex,time.time()+secs
@@ -50,7 +50,7 @@ def _one_start(
     while time.time()<until:
         name = '-'.join(store.get(f'start/{i}').decode() for i in range(n))
         store.set(f'seen/{rank}', name)
-        # The name holds a new number of each process, so a process that has ended cannot have seen it
+        # The name contains a new number of each process, so a process that has ended cannot have seen it
         if all(store.check([k := f'seen/{i}']) and store.get(k).decode()==name for i in range(n)): return dist.PrefixStore(name, store)
         time.sleep(.02)
     raise RuntimeError(f'not all of them answered within {secs:.0f} s')
@@ -125,7 +125,7 @@ def check_same(
         raise ValueError(f'{what}: {brief(vals[0], 60)} in process 0, {brief(vals[odd], 60)} in process {odd}. Start all processes with the same options and data.')
 
 def first_to_speak(
-    ) -> bool: # True for one process, and only once
+    ) -> bool: # True in one process, and only for its first call; always True if there is only one process
     "Whether no other process has printed yet, so that an error of all processes is reported once"
     if ranks.n==1: return True
     try: return _group.store.add('reid_fastai/spoken', 1)==1 if _group.store else ranks.rank==0
@@ -277,7 +277,7 @@ def _forward(m, x):
 def synced_norms(
     model:nn.Module # Model in training
 ):
-    "Context in which the norms of `model` use the batch statistics of all processes"
+    "Context in which the BatchNorms of `model` use the batch statistics of all processes"
     from timm.layers import BatchNormAct2d  # imported here because the import takes as long as torch's
     plain = (nn.BatchNorm1d.forward, BatchNormAct2d.forward)  # PyTorch's norms share one `forward`
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and type(m).forward in plain]

@@ -95,7 +95,7 @@ def atomic_write(
 @by_leader
 def check_writable(
     path:str|Path, # File or folder to create
-    folder:bool=False # Whether `path` is a folder, which may exist; otherwise a file
+    folder:bool=False # True: `path` is a folder, which may exist; False: a file
 ):
     "Raise `ValueError` if `path` cannot be written"
     path = Path(path).absolute()
@@ -115,8 +115,8 @@ def model_file(
 # %% ../nbs/00a_files.ipynb #220bc84c
 @by_leader
 def check_outputs(
-    outputs:dict, # Output file by option; None for outputs that are not written
-    inputs:dict # Input file by option
+    outputs:dict, # Output file by name of the option; None for outputs that are not written
+    inputs:dict # Input file by name of the option
 ):
     "Raise `ValueError` if an output cannot be written, or would replace an input or another output"
     taken = {os.path.realpath(v): k for k,v in inputs.items()}
@@ -128,7 +128,7 @@ def check_outputs(
 
 # %% ../nbs/00a_files.ipynb #08ce0956
 def checksum(
-    data:bytes # Data
+    data:bytes # Any bytes
 ) -> str: # 64 hexadecimal digits
     "SHA-256 of `data`"
     return hashlib.sha256(data).hexdigest()
@@ -150,7 +150,7 @@ def _json(o): return json.dumps(o, indent=1)
 
 def write_json(
     path:str|Path, # File to write or replace
-    data:dict # Data for JSON
+    data:dict # Dict of values that JSON can represent
 ):
     "Write `data` with its checksum"
     atomic_write(path, _json({**data, 'sha256': checksum(_json(data).encode())}))
@@ -180,7 +180,7 @@ _key = 'reid_fastai'  # a single entry, because safetensors writes several in ra
 def save_tensors(
     path:str|Path, # File to write or replace
     tensors:dict, # Tensors by name
-    meta:dict # Metadata for JSON
+    meta:dict # Metadata that JSON can represent
 ):
     "Write tensors and metadata with their checksum, as a safetensors file"
     tensors,meta = {k: v.detach().cpu().contiguous() for k,v in tensors.items()},json.loads(json.dumps(meta))
@@ -189,7 +189,7 @@ def save_tensors(
 # %% ../nbs/00a_files.ipynb #2ef89226
 def load_tensors(
     path:str|Path # Safetensors file, of `save_tensors` or of other programs
-) -> tuple: # Dict of tensors, and dict of metadata, which is empty for files of other programs
+) -> tuple: # Dict of tensors by name, and dict of metadata, which is empty for files of other programs
     "Read tensors and verify their checksum, if they have one"
     if not os.path.isfile(path): read_bytes(path)  # raises the error
     try:
@@ -200,8 +200,8 @@ def load_tensors(
 
 # %% ../nbs/00a_files.ipynb #a96e1b8f
 def seal(
-    data:bytes # Data
-) -> bytes: # Data with 32 more bytes
+    data:bytes # Contents of a file
+) -> bytes: # Contents followed by the checksum, 32 bytes
     "Append the checksum of `data`"
     return data+hashlib.sha256(data).digest()
 
@@ -231,7 +231,7 @@ _kinds = {'config.json': 'a training run', 'comparison.json': 'a comparison', 'e
 @by_leader
 def check_folder(
     path:str|Path, # Folder to write to; may exist
-    marker:str # Name of the marker file
+    marker:str # Name of the marker file of the needed kind, such as 'config.json'
 ):
     "Raise `ValueError` if the folder is of another kind or cannot be written"
     if os.path.exists(path) and not os.path.isdir(path): raise ValueError(f'{path} is a file, but a folder for {_kinds[marker]} is needed. Pass another location.')

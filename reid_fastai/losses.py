@@ -66,7 +66,7 @@ def _branch_names(n): return ['global', *(f'region{i}' for i in range(1, n))]
 class ReIDLoss(nn.Module):
     "Sum over branches of smoothed cross-entropy and triplet loss"
     def __init__(self,
-        label_smoothing:float=0.1, # Share of the label that is spread evenly over all identities
+        label_smoothing:float=0.1, # Share of the label's weight that is spread evenly over all identities, at least 0 and below 1
         triplet:Callable|None=None, # Function of (emb, pid); None: `BatchHardTriplet`, False: no triplet loss
         average:bool=False, # Whether to average over the branches instead of summing
         reduction:str='mean' # 'mean'; 'none' returns one zero per image in evaluation, and is set by `Learner.get_preds(with_loss=True)`

@@ -17,7 +17,7 @@ class FusedAdam(OptimWrapper):
     "fastai's `Adam` with decoupled decay, in one fused operation per step if PyTorch supports it for the parameters"
     def __init__(self,
         params:list, # Parameters, or one list of parameters per group
-        lr:float|slice, # Learning rate
+        lr:float|slice, # Learning rate, or a slice of learning rates over the groups
         mom:float=.9, # β1
         sqr_mom:float=.99, # β2
         eps:float=1e-5, # ε, added to the root of the second moment
@@ -47,7 +47,7 @@ def step(self:FusedAdam, closure=None):
 # %% ../nbs/15a_optimizer.ipynb #62a8b264
 @patch
 def state_dict(self:FusedAdam
-    ) -> dict: # `state`, one dict per parameter, and `hypers`, one dict per group
+    ) -> dict: # `state` is a list of one dict per parameter, `hypers` a list of one dict per group
     "State in the format of fastai's `Adam`"
     def f(p):
         s = self.opt.state.get(p)
@@ -58,7 +58,7 @@ def state_dict(self:FusedAdam
 def load_state_dict(self:FusedAdam,
     sd:dict # State of `FusedAdam` or of fastai's `Adam`
 ):
-    "Load a state"
+    "Load a state; `ValueError` if it is in another format or of other parameter groups"
     ps = [p for g in self.param_lists for p in g]
     if 'hypers' not in sd or len(sd['hypers'])!=len(self.param_lists) or len(sd['state'])!=len(ps):
         raise ValueError(f'This is not a state of FusedAdam or fastai\'s Adam with {len(self.param_lists)} groups and {len(ps)} parameters. '

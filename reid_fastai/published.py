@@ -23,8 +23,8 @@ from .schedules import EpochSchedule,fit_frozen
 # %% ../nbs/15a_published.ipynb #54a7bd67
 def find_recipe(
     arch:str # Name in `methods`
-) -> PublishedRecipe: # Training settings
-    "The published recipe of a network"
+) -> PublishedRecipe: # Training settings of its authors
+    "The published recipe of a network; `ValueError` if there is none"
     if arch not in methods or not methods[arch].recipe:
         raise ValueError(f'{arch!r} has no published recipe. Networks with a recipe: {", ".join(sorted(k for k,v in methods.items() if v.recipe))}.')
     return methods[arch].recipe
@@ -55,8 +55,8 @@ def published_lr(
     epoch:int, # Number of the epoch, from 0
     epochs:int|None=None, # Total number of epochs; None: as published
     lr:float|None=None # Highest learning rate; None: as published
-) -> float: # Learning rate
-    "Learning rate of an epoch"
+) -> float: # Learning rate in the epoch
+    "Learning rate of an epoch of a recipe"
     r,lr = recipe,ifnone(lr, recipe.lr)
     at = epoch*r.epochs/ifnone(epochs, r.epochs)  # the corresponding published epoch
     if at<r.warmup_epochs:

@@ -35,7 +35,7 @@ def _is_norm(m): return 'norm' in type(m).__name__.lower() or isinstance(m, (nn.
 def param_kinds(
     model:nn.Module # Any model
 ) -> dict: # Kind of each parameter array ('kernel', 'bias', 'gamma' or 'beta') by name, in the order of `named_parameters`
-    "Kinds of the parameter arrays of `model`; names are those of the model inside its wrappers"
+    "Kinds of the parameter arrays of `model`; names are those of the model without wrappers such as `DistributedDataParallel`"
     model = unwrap(model)
     norms = {n for n,m in model.named_modules() if _is_norm(m)}
     def kind(name):
@@ -46,7 +46,7 @@ def param_kinds(
 
 # %% ../nbs/01_regularizers.ipynb #3b494dcf
 def _sq_norms(ws):
-    "`‖w‖²` of each array of the list `ws`, (N,), float32 or higher precision"
+    "`‖w‖²` of each of the arrays `ws`, (N,), float32 or higher precision"
     dtype = reduce(torch.promote_types, {w.dtype for w in ws}, torch.float32)
     if ws[0].device.type!='cpu': return torch.stack(torch._foreach_norm(ws, dtype=dtype)).square()
     # On a CPU `_foreach_norm` is a loop over arrays, and its running sum loses 3 digits on large ones
@@ -79,9 +79,9 @@ class _WeightedSqNorms(torch.autograd.Function):
 def select_arrays(
     what:str, # Name of the argument, for the message
     kinds:dict, # Kinds by array name, from `param_kinds`
-    which:str|list # Kinds, or names with wildcards; each must match
-) -> set: # Names of arrays
-    "Names of the arrays selected by kind, name or wildcard"
+    which:str|list # Kinds, or names with wildcards; each must match at least one array
+) -> set: # Names of the selected arrays
+    "Select arrays by kind, name or wildcard"
     hits = {e: {n for n,k in kinds.items() if e==k or fnmatchcase(n, e)} for e in L(which)}
     if empty := [e for e,ns in hits.items() if not ns]:
         raise ValueError(f'{what}: {empty} match no parameter array. Give a kind of {list(KINDS)}, or a name such as {first(kinds)!r} (wildcards allowed).')
@@ -120,7 +120,7 @@ def _per_array(what, value, kinds, lowest):
 # %% ../nbs/01_regularizers.ipynb #4a8f4562
 class _L2(nn.Module):
     "`Σ λ_n ‖w_n‖²` over the parameter arrays of a model; subclasses define λ"
-    spared = ()  # names of arrays that another callback handles
+    spared = ()  # names of arrays that are not penalised, because another callback controls them
     def __init__(self, model, exclude=()):
         super().__init__()
         kinds,arrays = _leave_out(param_kinds(model), exclude),dict(unwrap(model).named_parameters())
@@ -128,16 +128,16 @@ class _L2(nn.Module):
         self.names,self.kinds,self.arrays = list(kinds),list(kinds.values()),tuple(arrays[n] for n in kinds)
 
     def active(self)->torch.Tensor: # (N,) bool
-        "Mask of the arrays that train and are not `spared`; other arrays are not penalised and their θ stays constant"
+        "Mask of the arrays that train and are not `spared`; other arrays are not penalised, and the gradient of their θ is 0"
         return torch.tensor([w.requires_grad and n not in self.spared for n,w in zip(self.names, self.arrays)])
 
     @torch.no_grad()
-    def sq_norms(self)->torch.Tensor: # (N,) float32
+    def sq_norms(self)->torch.Tensor: # (N,) float32 or higher precision
         "`‖w_n‖²` of each array, including frozen arrays"
         return _sq_norms(self.arrays)
 
     def forward(self)->torch.Tensor: # Scalar, float32 or higher precision
-        "Penalty of the trainable arrays"
+        "Penalty of the active arrays"
         lam,on = self.lambdas(),self.active()
         if not on.any(): return 0*lam.sum()  # still a function of θ, as distributed training requires
         if not on.all(): lam = lam[on.to(lam.device)]
@@ -154,7 +154,7 @@ class L2Regularizer(_L2):
         exclude:str|list=() # Kinds, or names with wildcards, of arrays to leave out
     ):
         super().__init__(model, exclude)
-        self.register_buffer('factors', _per_array('factor', factor, self.kinds, '≥ 0'), persistent=False)
+        self.register_buffer('factors', _per_array('factor', factor, self.kinds, '≥ 0').to(self.arrays[0].device), persistent=False)
 
     def lambdas(self)->torch.Tensor: # (N,) float32
         "λ of each array"

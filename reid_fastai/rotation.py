@@ -17,8 +17,8 @@ from .regularizers import *
 
 # %% ../nbs/01a_rotation.ipynb #48600b3c
 def _rows(
-    w, # Array of any shape with dense memory
-    per_channel # Whether each index of the first axis is a row
+    w, # Array of any shape, contiguous or `channels_last`
+    per_channel # Whether each index of the first axis is a row; otherwise the array is one row
 ): # (rows, n), a view
     "`w` as a matrix whose rows turn"
     w = w.detach()
@@ -35,10 +35,10 @@ def _products(ds, os):
 # %% ../nbs/01a_rotation.ipynb #bc0347ef
 @torch.no_grad()
 def turned_angles(
-    ws:list, # Arrays
+    ws:list, # Arrays after the step
     olds:list, # The same arrays before the step
     per_channel:bool=False # Whether to measure each output channel and average over the channels of an array
-) -> torch.Tensor: # (N,) radians, float64
+) -> torch.Tensor: # (N,) radians, float64 (float32 on MPS)
     "Angle by which each array has turned"
     res = []
     for w,o in zip(ws, olds):  # one at a time, so that only one difference is in memory
@@ -67,8 +67,8 @@ def turn_arrays(
     ws:list, # Arrays after the optimizer's step; changed in place
     olds:list, # The same arrays before the step
     angles:torch.Tensor, # (N,) radians, the angle of each array
-    per_channel:bool=False, # Whether each output channel turns by that angle
-    keep:str='both' # What to set: 'angle', 'norm' or 'both'
+    per_channel:bool=False, # Whether each output channel turns by that angle, instead of the whole array
+    keep:str='both' # 'angle' to set the angle, 'norm' to restore the norm before the step, 'both' for both
 ):
     "Turn each array by a given angle from its old value towards the optimizer's result"
     angles = angles.to(ws[0].device)
@@ -121,9 +121,9 @@ def _halving(names, same):
 def scale_invariant(
     model:nn.Module, # Any model
     *xb, # Inputs of a batch, of which four items are used
-    names:list|None=None # Names of the arrays to test; None: all kernels
-) -> list: # Names in the model's order
-    "Names of the scale-invariant arrays: doubling them does not change the output in training"
+    names:list|None=None # Names of the arrays to test; None: all kernels of two or more axes
+) -> list: # Names of the scale-invariant arrays, in the model's order
+    "Names of the arrays that can be doubled without changing the output in training; arrays of zeros are left out"
     model = unwrap(model)
     ws = dict(model.named_parameters())
     names = [n for n,k in param_kinds(model).items() if (k=='kernel' and ws[n].ndim>1 if names is None else n in names) and ws[n].any()]

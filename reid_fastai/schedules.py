@@ -33,10 +33,10 @@ def warmup_steps(
     epoch:int, # Number of the epoch, from 0
     lr:float=paper_lr, # Highest learning rate
     warmup:int=10, # Epochs of linear warm-up
-    every:int=30, # Epochs between steps
-    drop:float=10., # Divisor of a step
+    every:int=30, # Epochs from one step down to the next
+    drop:float=10., # Divisor of the learning rate at a step down
     floor:float=.01 # Lowest learning rate, as a share of the highest
-) -> float: # Learning rate
+) -> float: # Learning rate in the epoch
     "Learning rate of an epoch: linear warm-up, then steps down"
     if epoch<warmup: return lr*(floor + (1-floor)*epoch/max(warmup-1, 1))
     return lr*max(drop**-((epoch-warmup)//every), floor)

@@ -24,6 +24,7 @@ def _script(argv, log):
     signal.alarm(200)  # as long as `run` waits
     torch.set_num_threads(1)  # the threads of the parent do not exist in a fork
     sys.argv = argv
+    sys.path.insert(0, str(Path(argv[0]).parent.absolute()))  # as for a script
     try: runpy.run_path(argv[0], run_name='__main__')
     except SystemExit as e: leave(e)
 
@@ -55,6 +56,54 @@ def test_how_many_identities(tmp_path):
     assert forked(*args, logs=tmp_path).returncode==0 and (tmp_path/'o'/'3-all-42'/'model.safetensors').stat().st_mtime_ns==before
     bad = forked(*args, '--identities', '99', logs=tmp_path)
     assert bad.returncode==1 and 'has 10 training identities' in bad.stderr and 'Traceback' not in bad.stderr
+
+def test_controls(tmp_path):
+    "Every control trains; rows of the file are not trained again"
+    import pandas as pd
+    from reid_fastai.data.synthetic import make_synthetic
+    args = ['benchmarks/controls.py', str(make_synthetic(tiny=True)), '--out', tmp_path/'c.csv', '--set', 'arch=resnet10t', 'pretrained=none', 'size=64x32', 'epochs=1', 'steps=3', 'lr=0.03', 'n_pids=4']
+    res = forked(*args, logs=tmp_path)
+    assert res.returncode==0 and '| control | seeds | mAP | Rank-1 |' in res.stdout, res.stderr[-800:]
+    df = pd.read_csv(tmp_path/'c.csv')
+    assert len(df)==16 and df.control.is_unique and df.mAP.between(0, 100, inclusive='neither').all()
+    assert df[~df.control.str.contains('random')].mAP.nunique()>10  # the controls differ
+    df.iloc[1:].to_csv(tmp_path/'c.csv', index=False)
+    again = forked(*args, '--controls', 'none', 'norm', logs=tmp_path)
+    assert again.returncode==0 and again.stdout.count("{'control'")==1 and pd.read_csv(tmp_path/'c.csv').mAP.iloc[-1]==df.mAP.iloc[0]
+    for bad,words in ((['--controls', 'some'], "['some']"), (['--set', 'epochs=1', 'steps=3', 'pretrained=none'], 'arch=resnet10t')):
+        res = forked(*args, *bad, logs=tmp_path)
+        assert res.returncode==1 and words in res.stderr and 'Traceback' not in res.stderr
+
+def test_held_out_ranking_beside_the_test_ranking(tmp_path):
+    "The rank correlation over models whose held-out figures are given"
+    import pandas as pd
+    from reid_fastai.data.synthetic import make_synthetic
+    from reid_fastai.export import save_model
+    from reid_fastai.files import write_json
+    from reid_fastai.models import build_reid_net
+    data,held = str(make_synthetic(tiny=True)),[50.,70.,60.,40.]
+    write_json(tmp_path/'comparison.json', dict(cfg=dict(data=data, flip=False)))
+    pd.DataFrame([dict(stage='tune', arm='none', strength=i, mAP=h, folder=f'm{i}') for i,h in enumerate(held)]).to_csv(tmp_path/'results.csv', index=False)
+    for i in range(4):
+        torch.manual_seed(i)
+        (tmp_path/f'm{i}').mkdir()
+        save_model(build_reid_net('test_resnet', 5, regions=0, pretrained=False), tmp_path/f'm{i}'/'model.safetensors', (32,32))
+    res = forked('benchmarks/heldout.py', tmp_path, logs=tmp_path)
+    df = pd.read_csv(tmp_path/'heldout.csv')
+    assert res.returncode==0 and len(df)==4 and df['test mAP'].nunique()==4, res.stderr[-800:]
+    d = df['held-out mAP'].rank()-df['test mAP'].rank()
+    assert f'held-out and test mAP: {1-6*(d**2).sum()/(4*15):.2f} over 4 runs' in res.stdout
+    pd.read_csv(tmp_path/'results.csv').head(2).to_csv(tmp_path/'results.csv', index=False)
+    for folder,words in ((tmp_path,'has 2 tuning runs'), (tmp_path/'m0','results.csv is missing')):
+        res = forked('benchmarks/heldout.py', folder, logs=tmp_path)
+        assert res.returncode==1 and words in res.stderr and 'Traceback' not in res.stderr
+
+def test_a_problem_other_than_re_id(tmp_path):
+    import pandas as pd
+    res = forked('benchmarks/classifier.py', '--images', '30', '--epochs', '1', '--seeds', '2', '--csv', tmp_path/'c.csv', logs=tmp_path)
+    assert res.returncode==0 and '| auto, default |' in res.stdout, res.stderr[-800:]
+    df = pd.read_csv(tmp_path/'c.csv')
+    assert len(df)==2*26 and df.accuracy.between(0, 100).all() and df.groupby('arm').accuracy.nunique().max()>3
 
 def test_retrieval_with_thresholds(tmp_path):
     res = forked('benchmarks/retrieval.py', '--sizes', 'tiny', '--repeats', '1', '--verify', logs=tmp_path)

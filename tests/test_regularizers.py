@@ -102,3 +102,6 @@ def test_kinds_of_timm_norms():
 def test_bad_input(kw, words):
     with pytest.raises(ValueError) as e: AdaptiveL2Regularizer(nn.Linear(2, 2), **kw)
     assert words in str(e.value)
+
+@pytest.mark.parametrize('reg', [L2Regularizer, AdaptiveL2Regularizer])
+def test_strengths_are_on_the_device_of_the_model(reg): assert reg(nn.Linear(2, 2, device='meta')).lambdas().device.type=='meta'

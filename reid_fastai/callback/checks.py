@@ -33,7 +33,7 @@ def check_norms(
 
 # %% ../../nbs/14a_callback.checks.ipynb #aeb03f6a
 def check_loss(
-    loss_func:callable # Loss function
+    loss_func:callable # Loss function or module, called with (output, pid, camid)
 ):
     "Raise `ValueError` unless the loss takes output, identities and cameras"
     f = loss_func.forward if isinstance(loss_func, nn.Module) else loss_func

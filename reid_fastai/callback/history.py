@@ -96,7 +96,7 @@ def _shorten(s, n=26): return s if len(s)<=n else '…'+s[-n+1:]
 
 # %% ../../nbs/13_callback.history.ipynb #a9e10002
 def _angles(history, kinds):
-    "Rows with an angle, of the arrays that rotate or of `kinds`"
+    "Rows with an angle above 0, of `kinds`; None: of the arrays that rotate, or of kernels if none does"
     _check_history(history)
     o = history[history.rotates.astype(bool)] if kinds is None and history.rotates.any() else history[history.kind.isin(L(ifnone(kinds, 'kernel')))]
     o = o[o.angle>0]

@@ -22,7 +22,7 @@ precisions = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 def supports_precision(
     precision:str, # 'fp32', 'bf16' or 'fp16'
     device:str|torch.device # Training device
-) -> bool: # False also if the device only emulates the precision
+) -> bool: # True if the device computes in this precision, False if it only emulates it
     "Whether `device` supports `precision`"
     kind = torch.device(device).type
     if precision=='fp32': return True
@@ -37,7 +37,7 @@ def default_precision(
     return 'bf16' if torch.device(device).type=='cuda' and supports_precision('bf16', device) else 'fp32'
 
 def check_precision(
-    precision:str|None, # 'fp32', 'bf16' or 'fp16'; `default_precision(device)` if None
+    precision:str|None, # 'fp32', 'bf16' or 'fp16'; None: `default_precision(device)`
     device:str|torch.device|None=None # Training device; None: check only the name
 ) -> str|None: # The precision; None if both arguments are None
     "Raise `ValueError` if the precision is unknown or not supported by `device`"

@@ -36,7 +36,7 @@ class DecayCallback(L2Callback):
 
     def restore_history(self, df):
         super().restore_history(df)
-        self.regularizer.factors.copy_(torch.tensor(self._epochs[-1][1]))  # continue with the last λ, where λ is a state
+        self.regularizer.factors.copy_(torch.tensor(self._epochs[-1][1]))  # the λ of `CPR` and `AWD` continues from its last value
 
 # %% ../../nbs/12b_callback.rivals.ipynb #84530778
 class DecoupledL2(DecayCallback):
@@ -59,7 +59,7 @@ class DecoupledL2(DecayCallback):
         if ws: torch._foreach_mul_(ws, [1-lr*self.lam for lr in lrs])
 
 class CautiousL2(DecoupledL2):
-    "Decoupled decay of the kernel entries that the optimizer's step does not enlarge"
+    "Decoupled decay of the kernel entries that the optimizer's step does not move away from 0"
     _moving = None
     def before_step(self):
         DecayCallback.before_step(self)

@@ -23,7 +23,7 @@ class PerImage(RandTransform):
     ):
         if not 0<=p<=1: raise ValueError(f'p={p} is not a probability; it must lie between 0 and 1.')
         super().__init__(p=p)
-    def before_call(self, b, split_idx): pass  # fastai decides here once for the whole batch
+    def before_call(self, b, split_idx): pass  # fastai's version decides once for the whole batch
     def _chosen(self, x): return (draw_part(torch.rand, len(x))<self.p).to(x.device)
 
 # %% ../../nbs/07_data.augment.ipynb #c8a28257

@@ -11,12 +11,12 @@ from ..core import *
 
 # %% ../../nbs/04a_data.holdout.ipynb #4770cf97
 def hold_out(
-    splits:ReIDSplits, # Its training part is divided; query and gallery are left out
-    share:float, # Of the training identities, to search among; in (0, 1)
-    seed:int=42, # Which identities, and which image of each camera is the query
-    distractors:float=0. # Share of the images of the other identities that join the gallery as distractors instead of training; in [0, 1)
-) -> ReIDSplits: # With fewer identities to train on, and others for query and gallery
-    "Hold out training identities, to choose by without a look at the test set"
+    splits:ReIDSplits, # Dataset whose training part is divided; its query and gallery parts are not used
+    share:float, # Share of the training identities to hold out, in (0, 1)
+    seed:int=42, # Seed of the random choice of identities, queries and distractors
+    distractors:float=0. # Share of each other identity's images, in [0, 1), that join the gallery as distractors and are not used for training
+) -> ReIDSplits: # Held-out identities as `query` and `gallery`, all other identities as `train`
+    "Hold out some training identities for evaluation, so that settings can be chosen without the test set"
     df = splits.train[lambda o: o.pid>DISTRACTOR_PID]
     n_cams = df.groupby('pid').camid.nunique()
     pids,n = n_cams.index[n_cams>1],round(share*len(n_cams))
@@ -24,13 +24,13 @@ def hold_out(
         raise ValueError(f'{splits.name}: {share:g} of {len(n_cams)} training identities are {n}, and {len(pids)} were seen by two cameras or more, which a held-out one must be.')
     rng = np.random.default_rng(seed)
     held = df.pid.isin(rng.choice(pids, n, replace=False))
-    shuffled = df[held].assign(camid=df.camid.clip(lower=-1)).iloc[rng.permutation(held.sum())]  # without cameras: one query of each identity
+    shuffled = df[held].assign(camid=df.camid.clip(lower=-1)).iloc[rng.permutation(held.sum())]  # if cameras are unknown: one query per identity
     queries = shuffled[shuffled.duplicated(['pid','camid'])].drop_duplicates(['pid','camid']).index  # a camera's only image stays in the gallery
     split = np.where(df.index.isin(queries), 'query', np.where(held, 'gallery', 'train'))
     if distractors:
         rest = df[~held].iloc[rng.permutation((~held).sum())]
         nth,size = rest.groupby('pid').cumcount(),rest.groupby('pid').pid.transform('size')
-        aside = df.index.isin(rest.index[nth<np.minimum(np.round(distractors*size), size-1)])  # each identity keeps an image at least
+        aside = df.index.isin(rest.index[nth<np.minimum(np.round(distractors*size), size-1)])  # each identity keeps at least one training image
         df,split = df.assign(pid=df.pid.where(~aside, DISTRACTOR_PID)),np.where(aside, 'gallery', split)
     df = df.assign(split=split) if splits.has_cameras else df.assign(split=split).drop(columns='camid')
     res = ReIDSplits(df, f'{splits.name}, {n} of {len(n_cams)} training identities held out', splits.root)

@@ -32,8 +32,8 @@ class PKSampler:
         pids:np.ndarray|list, # (n,) int, identity of each row
         n_pids:int=16, # Identities per batch (P)
         n_imgs:int=4, # Images per identity (K)
-        steps:int|None=None, # Batches per epoch; None: number of images divided by the batch size
-        seed:int=42 # Seed of the order
+        steps:int|None=None, # Batches per epoch; None: images of the eligible identities divided by the batch size, rounded down, at least 1
+        seed:int=42 # Seed of the random batches
     ):
         self.n_pids,self.n_imgs,self.seed = check_int('n_pids', n_pids, 1),check_int('n_imgs', n_imgs, 1),check_int('seed', seed)
         pids = np.asarray(pids)

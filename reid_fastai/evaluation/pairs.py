@@ -18,7 +18,7 @@ from .metrics import RetrievalResults
 class Pairs:
     "Matching and non-matching pairs of a query and a gallery image"
     def __init__(self,
-        results:RetrievalResults # Whose protocol says which pairs match
+        results:RetrievalResults # Results of a retrieval, whose protocol defines the pairs
     ):
         self.results = results
         (q,_),(g,_) = results._q,results._g
@@ -35,7 +35,7 @@ class Pairs:
 # %% ../../nbs/10a_evaluation.pairs.ipynb #0aa10007
 @patch
 def _blocks(self:Pairs, desc):
-    "Yields blocks of queries, non-matching distances (n, m), and row, column and distance of the matching pairs"
+    "Yields, for each block, the queries, the non-matching distances (n, m), and row, column and distance of the matching pairs"
     res,mine = self.results,self.queries[my_part(len(self.queries))]
     for rows,keys in progress(res.dists.keys(mine), desc, -(-len(mine)//res.dists.chunk_size)):
         row,col,match = res._same_pid(rows)
@@ -45,12 +45,12 @@ def _blocks(self:Pairs, desc):
         yield rows,d,same
 
 def _join(parts, like):
-    "Arrays of blocks, of all processes, as one; `like` is what there is where a process has no block"
+    "Join the blocks of all processes into one array; a process without a block contributes the empty tensor `like`"
     return join_parts(torch.cat(parts) if parts else like).numpy()
 
 @patch
 def _collect(self:Pairs):
-    "Find the matching pairs, and of each query the nearest non-matching image"
+    "Find the matching pairs and, for each query, the distance of the nearest non-matching image"
     matches,n,near,far = [],[],[],[]
     for rows,d,(row,col,m) in self._blocks('Collecting matching pairs'):
         matches.append(m.cpu())
@@ -59,7 +59,7 @@ def _collect(self:Pairs):
         far.append(d.nan_to_num_(posinf=-1).amax(1).cpu())
     empty,dtype = torch.empty(0, dtype=torch.long),self.results.dists.dtype
     matches,n,self._near_other,far = (_join(o, e) for o,e in ((matches, empty.to(dtype)), (n, empty), (near, empty.to(dtype)), (far, empty.to(dtype))))
-    self._match_query = np.repeat(np.arange(len(n)), n)  # places in `queries`
+    self._match_query = np.repeat(np.arange(len(n)), n)  # indices into `queries`
     o = matches.argsort(kind='stable')
     self.matches,self._match_query = matches[o],self._match_query[o]
     self._edges = np.linspace(0, max(far.max(), self.matches[-1]), 101).astype(far.dtype)
@@ -67,7 +67,7 @@ def _collect(self:Pairs):
 # %% ../../nbs/10a_evaluation.pairs.ipynb #0aa10009
 @patch
 def _count(self:Pairs):
-    "Count the non-matching pairs below, and at most at, each matching distance and edge of the histogram"
+    "Count the non-matching pairs whose distance is below, and at most, each matching distance and each bin edge"
     self._values = np.unique(np.concatenate([self.matches, self._edges]))
     counts = np.zeros((2, len(self._values)), dtype=np.int64)
     for _,d,_ in self._blocks('Counting non-matching pairs'):
@@ -79,7 +79,7 @@ def _count(self:Pairs):
 # %% ../../nbs/10a_evaluation.pairs.ipynb #0aa1000d
 @patch
 def _between(self:Pairs, lo, hi):
-    "Non-matching pairs with distances above `lo` and at most `hi`: distances, sorted, places in `queries`, and places in the gallery without junk"
+    "Non-matching pairs with distances above `lo` and at most `hi`, nearest first: distances, indices into `queries`, and indices into the gallery without junk"
     parts,n = [],my_part(len(self.queries)).start
     for rows,d,_ in self._blocks('Collecting non-matching pairs'):
         q,g = ((d>lo) & (d<=hi)).nonzero(as_tuple=True)
@@ -92,7 +92,7 @@ def _between(self:Pairs, lo, hi):
 
 @patch
 def _near(self:Pairs, k):
-    "The nearest non-matching pairs, at least `k` and a fiftieth of them, or all"
+    "The nearest non-matching pairs: at least `k` and at least a fiftieth of all pairs, or all if there are fewer than `k`"
     if not self._nearest or len(self._nearest[0])<min(k, self.n_nonmatch):
         self._nearest = self._between(-1, self._values[min(np.searchsorted(self._upto, max(k, self.n_nonmatch//50)), len(self._values)-1)])
     return self._nearest

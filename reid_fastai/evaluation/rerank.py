@@ -65,7 +65,7 @@ def _expanded(near, k, idxs):
 
 # %% ../../nbs/11_evaluation.rerank.ipynb #cfe3ccc6
 def _pairs(dists, g, row, col):
-    "Squared distances of single pairs of images, from the rows `g` of the product"
+    "Squared distances of the pairs of images (`row`, `col`), from the features `g` that `Distances._gallery` prepares"
     row,col = (torch.as_tensor(o, device=g.device).long() for o in (row,col))
     # Blocks fit the processor's cache; buffers are allocated once, because fragments between the results would add up to gigabytes
     res,bufs = g.new_empty(len(row)),g.new_empty(2, min(512, len(row)), g.shape[1])
@@ -93,7 +93,7 @@ def _weights(dists, g, near, sqd, far, k1):
     return V
 
 def _query_expansion(V, near, k2):
-    "Mean of each row over its nearest `k2`"
+    "For each image, the mean of the rows of V of its nearest `k2` images"
     if k2==1: return V
     mean = sparse.csr_matrix((np.full(near[:,:k2].size, 1/k2, dtype=np.float32), near[:,:k2].ravel(), np.arange(len(near)+1)*k2), shape=V.shape)
     return mean@V
@@ -178,7 +178,7 @@ def rerank(self:RetrievalResults,
     k2:int=6, # Number of images averaged in query expansion; 1 for no expansion
     lambda_value:float=.3 # Weight of the original distance, 0 to 1
 ) -> RetrievalResults: # Results of the same queries and gallery, ranked by the new distances
-    "k-reciprocal re-ranking; always starts from the original distances"
+    "k-reciprocal re-ranking; starts from the original distances, also if the results are already re-ranked"
     base = getattr(self.dists, 'base', self.dists)
     n = sum(base.shape)
     if not (1<=k1<n and 1<=k2<=k1+1): raise ValueError(f'k1={k1}, k2={k2}: with {n} images (without junk), k1 must lie in 1..{n-1} and k2 in 1..k1+1.')

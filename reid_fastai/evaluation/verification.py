@@ -20,29 +20,29 @@ from .pairs import Pairs
 
 # %% ../../nbs/10a_evaluation.verification.ipynb #0aa20005
 def _check_far(far, n, what):
-    "Refuse what is no rate, or too small for `n` things"
+    "Raise `ValueError` if `far` is not a rate, or is too small for `n` items; `what` names the items in the message"
     if not isinstance(far, (int,float,np.number)) or not 0<far<1: raise ValueError(f'far={far}: a false accept rate lies between 0 and 1, such as 0.001.')
     if not _allowed(far, n):
         unit = 10.**(np.floor(np.log10(1/n))-2)
         raise ValueError(f'far={far:g}: {n:,} {what} are too few for it. The smallest false accept rate that can be asked for is {np.ceil(1/n/unit)*unit:.3g}.')
 
 def _allowed(far, n):
-    "How many of `n` are at most the share `far`; a product alone would make 28 of 0.29 · 100"
+    "The largest number of `n` items whose share is at most `far`; `int(far*n)` alone would give 28 for 0.29 · 100"
     k = int(far*n)
     return max(o for o in (k-1,k,k+1) if o/n<=far)
 
 def _below(d, cum, s):
-    "The largest of the sorted numbers `d` below `s`, in a list; empty if there is none. `cum` sums their weights, and those of weight 0 do not count"
+    "A list with the largest of the sorted numbers `d` below `s`; empty if there is none. `cum` holds the running sums of their weights; numbers of weight 0 are ignored"
     i = np.searchsorted(d, s)
     return [d[np.searchsorted(cum, cum[i-1])]] if i and cum[i-1] else []
 
 def _threshold(other, match, allowed):
-    "The largest distance below that of the first non-matching pair that is not `allowed`; `other` and `match` are sorted distances and sums of weights"
+    "The largest distance below that of the first non-matching pair in excess of `allowed`; `other` and `match` are sorted distances and running sums of their weights"
     s = other[0][np.searchsorted(other[1], allowed, side='right')]
     return float(max(_below(*other, s)+_below(*match, s), default=np.nextafter(s, s.dtype.type(-np.inf))))
 
 def _counted(d, n=0):
-    "Sorted numbers of weight 1, and the sums of their weights, which start at `n`"
+    "Sorted numbers of weight 1, and `n` plus the running sums of their weights"
     return d,n+np.arange(1, len(d)+1)
 
 # %% ../../nbs/10a_evaluation.verification.ipynb #0aa20009
@@ -52,13 +52,13 @@ class Verification(Pairs):
 @patch
 def verification(self:RetrievalResults
     ) -> Verification: # Thresholds and error rates
-    "Same person or not: compare the distances of all matching and non-matching pairs"
+    "Verification: compare the distances of all matching and non-matching pairs"
     return Verification(self)
 
 # %% ../../nbs/10a_evaluation.verification.ipynb #0aa2000b
 @patch
 def roc(self:Verification
-    ) -> pd.DataFrame: # One row per distinct matching distance, rising: threshold, far, tar
+    ) -> pd.DataFrame: # One row per distinct matching distance, in ascending order; columns `threshold`, `far` and `tar`, both rates in [0, 1]
     "Error rates at all thresholds where TAR changes"
     t,n = np.unique(self.matches, return_counts=True)
     return pd.DataFrame(dict(threshold=t, far=self._upto[np.searchsorted(self._values, t)]/self.n_nonmatch, tar=n.cumsum()/self.n_match))
@@ -79,12 +79,12 @@ _fars,_dir_fars = (1e-2,1e-3,1e-4,1e-5),(1e-1,1e-2,1e-3)
 
 @patch
 def threshold(self:Verification,
-    far:float=1e-3 # False accept rate, between 0 and 1
-) -> float: # Two images of at most this distance are taken for the same person
-    "The largest distance that occurs and has a false accept rate of at most `far`"
+    far:float=1e-3 # False accept rate, between 0 and 1; `ValueError` if there are too few non-matching pairs for it
+) -> float: # Largest distance at which two images count as the same person
+    "The largest distance of a pair at which the false accept rate is at most `far`"
     _check_far(far, self.n_nonmatch, 'non-matching pairs')
     if (k := _allowed(far, self.n_nonmatch))<self.n_nonmatch//50: d,n = self._near(k+1)[0],0
-    else:  # the pair after the last accepted one is at most at `_values[i]`, the one before it above `_values[j]`
+    else:  # the first rejected distance is at most `_values[i]`, the next smaller one above `_values[j]`
         i = np.searchsorted(self._upto, k+1)
         j = np.searchsorted(self._upto, self._upto[i-1])-1 if i else -1
         lo,n = (self._values[j],self._upto[j]) if j>=0 else (-1,0)
@@ -93,7 +93,7 @@ def threshold(self:Verification,
 
 @patch
 def tar(self:Verification,
-    far:float=1e-3 # False accept rate, between 0 and 1
+    far:float=1e-3 # False accept rate, between 0 and 1; `ValueError` if there are too few non-matching pairs for it
 ) -> float: # In [0, 1]
     "True accept rate: the fraction of matching pairs within the threshold of `far`"
     return float((self.matches<=self.threshold(far)).mean())
@@ -101,7 +101,7 @@ def tar(self:Verification,
 # %% ../../nbs/10a_evaluation.verification.ipynb #0aa20017
 @patch
 def _units(self:Verification):
-    "What the bootstrap draws: the unit of each query and of each gallery image, and the number of those with queries and of all"
+    "Units that the bootstrap draws: the unit of each query and of each gallery image, the number of units with queries, and the number of all units"
     q,g = (self.results._q[0][self.queries].cpu().numpy(),self.results._g[0].cpu().numpy())
     alone = np.where(g==DISTRACTOR_PID, max(g.max(), q.max())+1+np.arange(len(g)), g)
     ids,q = np.unique(q, return_inverse=True)
@@ -128,12 +128,12 @@ def _bootstrap(self:Verification, fars, n, seed):
 
 @patch
 def interval(self:Verification,
-    far:float|list=1e-3, # False accept rate, or several
-    n:int=500, # Draws
-    level:float=.95, # Share of the draws within the interval
-    seed:int=42 # Of the draws
-) -> pd.DataFrame: # `low` and `high` of `threshold` and `tar`; with several rates a row for each
-    "Bootstrap interval over identities"
+    far:float|list=1e-3, # False accept rate, between 0 and 1, or a list of rates
+    n:int=500, # Number of bootstrap draws
+    level:float=.95, # Share of the draws within the interval, between 0 and 1
+    seed:int=42 # Seed of the draws
+) -> pd.DataFrame: # Rows `threshold` and `tar`, columns `low` and `high`; for a list of rates one row per rate and columns such as (`tar`, `low`)
+    "Interval of the threshold and of TAR, by a bootstrap over identities"
     for o in (fars := L(far)): _check_far(o, self.n_nonmatch, 'non-matching pairs')
     if n<1 or not 0<level<1: raise ValueError(f'n={n}, level={level}: at least one draw is needed, and a level between 0 and 1.')
     if self._units()[2]<2: raise ValueError('All queries show one identity, so there is nothing to draw from. An interval needs at least two.')
@@ -144,9 +144,9 @@ def interval(self:Verification,
 # %% ../../nbs/10a_evaluation.verification.ipynb #0aa2001a
 @patch
 def open_set(self:Verification,
-    far:float|list|None=None # False accept rate of a search, or several; None: those of 0.1, 0.01 and 0.001 that there are enough queries for
-) -> pd.DataFrame: # Indexed by far: threshold, dir
-    "Detection and identification rate at rank 1, where the threshold is that of a given false accept rate of searches"
+    far:float|list|None=None # False accept rate of searches, between 0 and 1, or a list; None: 0.1, 0.01 and 0.001, as far as there are enough queries
+) -> pd.DataFrame: # One row per rate (index `far`): `threshold` (a distance) and `dir` (detection and identification rate at rank 1, in [0, 1])
+    "Open-set identification: threshold, and detection and identification rate, for each false accept rate of searches"
     u = np.sort(self._near_other[np.isfinite(self._near_other)])
     fars = L(far) if far is not None else [o for o in _dir_fars if _allowed(o, len(u))]
     for o in fars: _check_far(o, len(u), 'searches without a mate')
@@ -166,8 +166,8 @@ def __repr__(self:Verification):
 
 @patch
 def summary(self:Verification
-    ) -> pd.DataFrame: # Indexed by far: threshold, low, high, tar, tar_low, tar_high; rates from 1e-2 to 1e-5 that there are enough pairs for
-    "Thresholds and TAR with their 95 % intervals; NaN where all queries show one person"
+    ) -> pd.DataFrame: # One row per rate (index `far`, 1e-2 to 1e-5, as far as there are enough pairs): threshold, low, high, tar, tar_low, tar_high
+    "Thresholds and TAR with their 95 % intervals, which are NaN if all queries show one person"
     fars = [o for o in _fars if _allowed(o, self.n_nonmatch)]
     res = pd.DataFrame(dict(threshold=[self.threshold(o) for o in fars], low=np.nan, high=np.nan, tar=[self.tar(o) for o in fars], tar_low=np.nan, tar_high=np.nan), index=pd.Index(fars, name='far', dtype=float))
     if fars and self._units()[2]>1: res[['low','high','tar_low','tar_high']] = self.interval(fars).to_numpy()
@@ -176,10 +176,10 @@ def summary(self:Verification
 # %% ../../nbs/10a_evaluation.verification.ipynb #0aa20021
 @patch
 def plot(self:Verification,
-    far:float|None=None, # False accept rate of the threshold; None: 0.001, or the smallest there is
-    ax:plt.Axes|None=None # Axis to draw on
+    far:float|None=None, # False accept rate of the threshold; None: 0.001, or that of one pair if it is larger
+    ax:plt.Axes|None=None # Axis to draw on; a new one if None
 ) -> plt.Axes: # The axis
-    "Histograms of the distances of matching and non-matching pairs, with a threshold"
+    "Plot histograms of the distances of matching and non-matching pairs, with a threshold"
     if ax is None: ax = plt.subplots(figsize=(6,3), layout='constrained')[1]
     far = ifnone(far, max(1e-3, 1/self.n_nonmatch)) if self.n_nonmatch>1 else None
     other,own = self._upto[np.searchsorted(self._values, self._edges)],np.searchsorted(self.matches, self._edges, side='right')
@@ -195,9 +195,9 @@ def plot(self:Verification,
 
 @patch
 def plot_roc(self:Verification,
-    ax:plt.Axes|None=None # Axis to draw on
+    ax:plt.Axes|None=None # Axis to draw on; a new one if None
 ) -> plt.Axes: # The axis
-    "TAR against FAR, on a logarithmic axis; rates below that of one pair lie at its left end"
+    "Plot TAR against FAR on a logarithmic axis; a FAR of 0 is drawn at the left end, which is the FAR of one pair"
     if ax is None: ax = plt.subplots(figsize=(4.5,3), layout='constrained')[1]
     roc,least = self.roc(),1/self.n_nonmatch
     ax.step([*roc.far.clip(least), 1], 100*np.append(roc.tar, 1), where='post')
@@ -212,11 +212,11 @@ def _rates(df): return {np.format_float_positional(far): {k: None if np.isnan(v)
 
 @patch
 def save(self:Verification,
-    folder:str|Path, # Where verification.json and verification.csv, the ROC curve, are written or replaced
-    model:str|Path, # File of `save_model` that gave the embeddings
-    data:str, # Dataset, as a command names it
-    **notes # Whatever else is worth knowing, as JSON can hold it
-) -> pd.DataFrame: # The `summary`
+    folder:str|Path, # Folder in which verification.json, and verification.csv with the ROC curve, are written or replaced
+    model:str|Path, # File of `save_model` with the model that computed the embeddings
+    data:str, # Dataset, as given to a command
+    **notes # Further entries of verification.json, with values that JSON supports
+) -> pd.DataFrame: # Table of `summary`
     "Write thresholds, rates and ROC curve"
     figures = dict(model=checksum(read_bytes(model)), metric=self.results.dists.metric, data=str(data), n_match=self.n_match, n_nonmatch=self.n_nonmatch, eer=self.eer,
                    thresholds=_rates((res := self.summary())[['threshold','low','high','tar']]), dir=_rates(self.open_set()))
@@ -227,7 +227,7 @@ def save(self:Verification,
 def read_verification(
     model_path:str|Path # Run folder, or file of `save_model`, with verification.json beside it
 ) -> dict: # 'model', 'metric', 'data', 'n_match', 'n_nonmatch', 'eer', 'thresholds': {'0.001': {'threshold', 'low', 'high', 'tar'}}, 'dir': {'0.01': {'threshold', 'dir'}}
-    "Thresholds that are stored with a model"
+    "Thresholds that are stored with a model; `ValueError` if there are none or they belong to another model"
     file = model_file(model_path)
     path,again = file.with_name('verification.json'),f'reid-eval {model_path} --verify'
     if not path.exists(): raise ValueError(f'{file} has no verification.json beside it, so no threshold is known. Make it: {again}')

@@ -140,7 +140,7 @@ def _body(m, name):
 # %% ../../nbs/03_models.backbone.ipynb #ff4ba9d3
 def insert_after(
     chain:nn.Sequential, # Chain of named modules
-    **new # Pairs (name, module) to insert, by the name of the module before them
+    **new # Pair (name, module) to insert, by the name of the module before it
 ) -> nn.Sequential: # Chain with the new modules
     "Insert modules into a chain"
     links = dict(chain.named_children())

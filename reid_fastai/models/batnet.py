@@ -35,7 +35,7 @@ class BilinearAttention(nn.Module):
 
     def forward(self,
         x:torch.Tensor # (b, n_channels, h, w)
-    ) -> torch.Tensor: # The same shape
+    ) -> torch.Tensor: # (b, n_channels, h, w)
         y,(i,j) = self.reduce(x),self.pairs
         y = y[:,i]*y[:,j]
         return x * (self.local(y)*self.total(y.mean((2,3), keepdim=True))).sigmoid()
@@ -46,8 +46,8 @@ class Inception(nn.Module):
     def __init__(self,
         n_in:int, # Channels of the input
         n1:int, # Channels of the 1×1 branch
-        n3:tuple, # Channels of the 3×3 branch: reduced, output
-        n5:tuple, # Channels of the 5×5 branch: reduced, output
+        n3:tuple, # Channels of the 3×3 branch: (after the reduction, output)
+        n5:tuple, # Channels of the 5×5 branch: (after the reduction, output)
         n_pool:int # Channels of the pooling branch
     ):
         super().__init__()

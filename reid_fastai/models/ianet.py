@@ -22,7 +22,7 @@ def distance_weights(
     sigma_x:float, # Horizontal standard deviation, in positions
     sigma_y:float, # Vertical standard deviation, in positions
     device:str|torch.device|None=None # Device of the result
-) -> torch.Tensor: # (h·w, h·w), rows sum to 1
+) -> torch.Tensor: # (h·w, h·w) float32, rows sum to 1
     "Gaussian weights of all positions for each position"
     def line(n, sigma):
         i = torch.arange(n, dtype=torch.float32, device=device)

@@ -167,8 +167,8 @@ def _full_precision(kind):
 @patch
 def lay_out(self:ReIDNet,
     device:str|torch.device # Device of the computation
-) -> ReIDNet: # The same network
-    "Use the memory layout that is fastest on `device`"
+) -> ReIDNet: # The same network, changed in place
+    "Use the memory layout for `device`: channels last on a CPU, contiguous elsewhere"
     return self.to(memory_format=torch.channels_last if torch.device(device).type=='cpu' else torch.contiguous_format)
 
 # %% ../../nbs/03b_models.net.ipynb #91edefbb
@@ -182,13 +182,13 @@ class PublishedRecipe:
     batch:int=64 # Images per batch
     n_imgs:int|None=4 # Images per identity in a batch; None: images are drawn independently of identity
     opt:str='adam' # 'adam' or 'amsgrad'
-    wd:float=5e-4 # Coupled weight decay, equal to an L2 penalty of `wd/2`; replaced by another regulariser
+    wd:float=5e-4 # Coupled weight decay, equal to an L2 penalty of `wd/2`; not used if another regulariser is chosen
     schedule:str='steps' # 'steps' or 'cosine'
     milestones:tuple=() # Epochs at which the learning rate is multiplied by `gamma`
     gamma:float=.1 # Factor of the learning rate at a milestone
     warmup_epochs:int=0 # Epochs of linear warm-up from `warmup_lr`
     warmup_lr:float|None=None # Learning rate of the first epoch, if there is a warm-up
-    frozen_epochs:int=0 # Number of first epochs in which only the classifier is trained
+    frozen_epochs:int=0 # Number of epochs at the start in which only the new layers are trained
     label_smoothing:float=.1 # Label smoothing of the cross-entropy
     triplet:str|None=None # Mining of the triplet loss: 'hard' or 'semihard'; None for no triplet loss
     margin:float|None=None # Margin of the triplet loss
@@ -196,7 +196,7 @@ class PublishedRecipe:
     average_heads:bool=False # Whether losses are averaged over the heads instead of summed
     erasing:float=0. # Probability of random erasing
     erasing_from:int=0 # First epoch with random erasing
-    notes:str='' # Remarks on settings that are uncertain
+    notes:str='' # Remarks on uncertain settings
 
 # %% ../../nbs/03b_models.net.ipynb #ca72460c
 @dataclass(frozen=True)
@@ -217,13 +217,13 @@ def register_method(
 def conv_norm(
     n_in:int, # Channels of the input
     n_out:int, # Channels of the output
-    ks:int=1, # Height and width of the kernel; the map is padded to keep its size
+    ks:int=1, # Height and width of the kernel, odd; the map is padded by `ks//2`
     stride:int=1, # Stride
     bias:bool=False, # Whether the convolution has a bias
     norm:Callable=nn.BatchNorm2d, # Norm, a function of `n_out`
     act:bool=True # Whether to add a ReLU
 ) -> nn.Sequential: # Module from (b, n_in, h, w) to (b, n_out, h/stride, w/stride)
-    "A convolution, a norm and a ReLU"
+    "A convolution, a norm and, unless `act=False`, a ReLU"
     return nn.Sequential(nn.Conv2d(n_in, n_out, ks, stride, ks//2, bias=bias), norm(n_out), *[nn.ReLU(inplace=True)]*act)
 
 # %% ../../nbs/03b_models.net.ipynb #7326c956
@@ -237,10 +237,10 @@ def build_reid_net(
     arch:str|Callable, # Backbone of timm or torchvision, or a name of `methods`, see `resolve_arch`
     n_classes:int, # Training identities
     regions:int=2, # Number of horizontal strips with a branch each; 0 for the light head; ignored by published networks
-    pretrained:bool|str|Path=True, # Backbone weights: True for pretrained weights, False for random ones, or a file
+    pretrained:bool|str|Path=True, # True for pretrained backbone weights, False for random ones, or a file; for published networks also a file of the whole network
     size:tuple|None=None # (height, width) of the images, px, for networks that accept only one size (`rga_sc_resnet50`); None: 256×128
 ) -> ReIDNet: # The network
-    "Build a Re-ID network with a pretrained backbone"
+    "Build a Re-ID network from a backbone, or a published network by its name"
     _check_numbers(n_classes, regions, size)
     name = resolve_arch(arch)
     if name in methods: return methods[name].build(n_classes, pretrained, size and tuple(size))

@@ -27,11 +27,11 @@ def _gate(n, reduction=16):
 _instance_norm = partial(nn.InstanceNorm2d, affine=True)
 
 class OmniScaleBlock(nn.Module):
-    "Residual block with streams of several scales and one shared gate"
+    "Residual block with streams of several scales and one gate, which all streams share"
     def __init__(self,
         n_in:int, # Channels of the input
         n_out:int, # Channels of the output
-        norm:str='batch', # 'batch'; 'ibn' for an instance norm after the sum; 'ain' for an instance norm before the sum
+        norm:str='batch', # 'batch' for BatchNorm; 'ibn' to add an instance norm after the sum of block and shortcut; 'ain' for an instance norm before this sum
         scales:int=4 # Number of streams, and of Lite convolutions in the longest stream
     ):
         super().__init__()

@@ -47,7 +47,7 @@ class SpatialChannelAttention(nn.Module):
 
     def forward(self,
         x:torch.Tensor # (b, n_channels, h, w)
-    ) -> torch.Tensor: # The same shape
+    ) -> torch.Tensor: # (b, n_channels, h, w)
         b,c,h,w = x.shape
         x = x * self.spatial(x.reshape(b, c, h*w, 1)).reshape(b, 1, h, w)
         return x * self.channel(x.reshape(b, c, h*w).transpose(1, 2)[...,None]).reshape(b, c, 1, 1)

@@ -104,8 +104,8 @@ def _load_weights(m, name, keys, sd, source):
 def load_backbone(
     arch:str|Callable, # Model of timm or torchvision, see `resolve_arch`
     pretrained:bool|str|Path=True # True for pretrained weights, False for random ones, or a file
-) -> tuple: # Trunk, last stage at stride 1, channels of its map, and a dict with mean and standard deviation of its training images
-    "Make a backbone from a classifier, with pretrained weights"
+) -> tuple: # Trunk, last stage at stride 1, channels of its map, and a dict with `mean` and `std` of its training images, empty if unknown
+    "Make a backbone from a classifier, with pretrained or random weights"
     name = resolve_arch(arch)
     m = _create(name)
     trunk,stage,n = _body(m, name)
@@ -142,8 +142,8 @@ def read_method_weights(
     pretrained:bool|str|Path, # True to search the cache folder, False for no weights, or a file
     renaming:list, # Renaming of the authors' names, see `rename_weights`
     backbone:bool=False # Whether the network has a backbone for which `load_backbone` finds weights
-) -> tuple|None: # Arrays by this library's names, and their source; None if there is no checkpoint of the whole network
-    "Read a checkpoint of a published network with its authors' names"
+) -> tuple|None: # Dict of arrays by this library's names, and their source; None if there is no checkpoint of the whole network
+    "Read a checkpoint of a published network and rename its arrays"
     file = first(_cached(name), Path.exists) if pretrained is True else pretrained
     if not file:
         if backbone or pretrained is False: return
@@ -157,7 +157,7 @@ def load_method_weights(
     sd:dict, # Arrays by name, from `read_method_weights`
     source:str # Source of the weights, for messages
 ):
-    "Load a checkpoint; the classifier only if it has the same number of identities"
+    "Load a checkpoint into a network; its classifier only if it has the same number of identities"
     own = net.state_dict()
     sd = {k:v for k,v in sd.items() if '.classifier.' not in k or k in own and v.shape==own[k].shape}
     keys = [k for k in own if k not in ('mean','std') and ('.classifier.' not in k or k in sd)]
