@@ -61,7 +61,7 @@ def test_controls(tmp_path):
     "Every control trains; rows of the file are not trained again"
     import pandas as pd
     from reid_fastai.data.synthetic import make_synthetic
-    args = ['benchmarks/controls.py', str(make_synthetic(tiny=True)), '--out', tmp_path/'c.csv', '--set', 'arch=resnet10t', 'pretrained=none', 'size=64x32', 'epochs=1', 'steps=3', 'lr=0.03', 'n_pids=4']
+    args = ['benchmarks/controls.py', str(make_synthetic(tiny=True)), '--out', tmp_path/'c.csv', '--set', 'arch=test_resnet', 'pretrained=none', 'size=32x32', 'epochs=1', 'steps=3', 'lr=0.03', 'n_pids=4']
     res = forked(*args, logs=tmp_path)
     assert res.returncode==0 and '| control | seeds | mAP | Rank-1 |' in res.stdout, res.stderr[-800:]
     df = pd.read_csv(tmp_path/'c.csv')
@@ -70,7 +70,7 @@ def test_controls(tmp_path):
     df.iloc[1:].to_csv(tmp_path/'c.csv', index=False)
     again = forked(*args, '--controls', 'none', 'norm', logs=tmp_path)
     assert again.returncode==0 and again.stdout.count("{'control'")==1 and pd.read_csv(tmp_path/'c.csv').mAP.iloc[-1]==df.mAP.iloc[0]
-    for bad,words in ((['--controls', 'some'], "['some']"), (['--set', 'epochs=1', 'steps=3', 'pretrained=none'], 'arch=resnet10t')):
+    for bad,words in ((['--controls', 'some'], "['some']"), (['--set', 'epochs=1', 'steps=3', 'pretrained=none'], 'arch=test_resnet')):
         res = forked(*args, *bad, logs=tmp_path)
         assert res.returncode==1 and words in res.stderr and 'Traceback' not in res.stderr
 
