@@ -138,7 +138,7 @@ def test_a_run_goes_on_to_the_same_digits(opts, tmp_path, interrupted):
 def test_laptop_recipe(splits):
     "Another regulariser has a strength of its own; small images end before the last epoch; a network of one size is refused"
     cfg = RunConfig(recipe='laptop')
-    assert (cfg.l2,cfg.strength,cfg.first_size,cfg.first_epochs,cfg.size)==('rotation', 3e-3, [128,64], 50, [256,128])
+    assert (cfg.l2,cfg.strength,cfg.first_size,cfg.first_epochs,cfg.size)==('rotation', 3e-3, [128,64], 30, [192,96])
     assert cfg.but(l2='decoupled').strength is None and cfg.but(l2='decoupled').but(l2='rotation').strength==3e-3 and cfg.but(strength=.1).strength==.1
     assert RunConfig(recipe='laptop', l2='auto').strength is None and RunConfig(recipe='laptop', epochs=2).first_epochs==1
     assert RunConfig().first_size is None and RunConfig().first_epochs is None
