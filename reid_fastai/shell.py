@@ -15,7 +15,7 @@ from fastcore.all import *
 from fastcore.script import anno_parser
 
 from . import __version__
-from .core import plain_errors,ranks
+from .core import keep_freed_memory,plain_errors,ranks
 from .distributed import first_to_speak,together
 
 # %% ../nbs/20a_shell.ipynb #17af9bdb
@@ -167,6 +167,7 @@ def command(
         prog = func.__name__.replace('_', '-')
         @wraps(func)
         def f(*args, **kwargs):
+            keep_freed_memory()
             if args or kwargs or in_shell() or Path(sys.argv[0]).stem.replace('_', '-')!=prog:
                 with together(): return func(*args, **kwargs)
             sys.exit(run_command(func, sys.argv[1:], prog, pos))

@@ -98,6 +98,10 @@ def test_held_out_ranking_beside_the_test_ranking(tmp_path):
         res = forked('benchmarks/heldout.py', folder, logs=tmp_path)
         assert res.returncode==1 and words in res.stderr and 'Traceback' not in res.stderr
 
+def test_embedding():
+    res = run('benchmarks/embedding.py', '--arch', 'test_resnet', '--size', '32', '32', '--images', '8', '--rounds', '1', '--threads', '1')
+    assert res.returncode==0 and 'freed memory kept' in res.stdout, res.stderr[-800:]
+
 def test_a_problem_other_than_re_id(tmp_path):
     import pandas as pd
     res = forked('benchmarks/classifier.py', '--images', '30', '--epochs', '1', '--seeds', '2', '--csv', tmp_path/'c.csv', logs=tmp_path)
