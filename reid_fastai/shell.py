@@ -92,6 +92,7 @@ def _parse(func, prog, pos, args):
     p.error = error
     for o in [o for o in p._actions if isinstance(o.const, bool) and o.option_strings[0].startswith('--no-')]:  # add an option `--x` for each `--no-x`
         p.add_argument('--'+o.option_strings[0][5:], dest=o.dest, action='store_true', default=True, help=argparse.SUPPRESS)
+        o.help = f'Switch off: {o.help[0].lower()}{o.help[1:].removesuffix(" (default: True)")}'
     res = vars(p.parse_args(args))
     for k in ('pdb','xtra'): res.pop(k)
     # A shell variable that is not set arrives as an empty text, and would be taken for an omitted option
