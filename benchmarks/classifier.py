@@ -6,17 +6,15 @@ Each regulariser is trained with six strengths and several seeds; `AutoL2` is tr
 images themselves, which favours the regularisers with six strengths.
 """
 import argparse, sys
-from math import sqrt
 
 import fastai, pandas as pd, torch
 from fastai.basics import *
 from fastai.callback.schedule import *
 from fastai.layers import ConvLayer
-from scipy import stats
 from sklearn.datasets import load_digits
 
 from reid_fastai.callback.all import *
-from reid_fastai.experiments import markdown_table
+from reid_fastai.experiments import _paired, markdown_table
 
 steps_of_5 = [5.**i for i in range(-2, 4)]
 #: Regulariser -> (function that makes the callback, strengths)
@@ -48,10 +46,9 @@ def main(a):
     for arm,o in df.groupby('arm', sort=False):
         best = o.groupby('strength').accuracy.mean().idxmax()
         acc = o[o.strength==best].set_index('seed').accuracy
-        d = auto-acc
-        half = stats.t.ppf(.975, len(d)-1)*d.std()/sqrt(len(d)) if len(d)>1 else float('nan')
+        mean,half = _paired(auto, acc)
         rows.append({'regulariser': arm, 'best strength': f'{best:g}' if best else '', 'accuracy, %': f'{acc.mean():.2f} ± {acc.std():.2f}',
-                     'auto − this': '' if arm=='auto, default' else f'{d.mean():+.2f} ± {half:.2f}'})
+                     'auto − this': '' if arm=='auto, default' else f'{mean:+.2f} ± {half:.2f}'})
     print(markdown_table(pd.DataFrame(rows)))
 
 if __name__=='__main__':

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from fastai.callback.schedule import SchedCos, SchedNo
-from fastai.optimizer import Lamb, Larc
+from fastai.optimizer import Larc
 
 from options import add_set
 from reid_fastai.callback.regularizer import ConventionalL2
@@ -35,7 +35,7 @@ CONTROLS = {
     'linear': ('both, angle in proportion to the learning rate', lambda c,l: [RotationControl(radians(c, l)/c.lr, angle='linear')], None, {}),
     'cosine': ('both, angle falls by a cosine', lambda c,l: [RotationControl(l, angle=SchedCos(radians(c, l), 0.))], None, {}),
     'even': ('both, constant angle, half of the highest', lambda c,l: [RotationControl(l, angle=SchedNo(radians(c, l)/2, radians(c, l)/2))], None, {}),
-    'lamb': ('LAMB, without rotation control', lambda c,l: [], partial(Lamb, mom=.9, sqr_mom=.999, eps=1e-7), dict(lr=3e-3)),
+    'lamb': ('LAMB, without rotation control', lambda c,l: [], None, dict(l2='lamb', lr=3e-3)),
     'lars': ('LARS, without rotation control', lambda c,l: [], partial(Larc, mom=.9, clip=False, trust_coeff=1.), dict(lr=1e-3)),
     'adaptive rest': ('both, adaptive L2 for the other arrays', lambda c,l: [AutoL2(l)], None, {}),
     'constant rest': ('both, constant L2 for the other arrays', lambda c,l: [RotationControl(l), ConventionalL2(2.5e-3)], None, {}),
