@@ -152,7 +152,7 @@ class ConventionalL2(L2Callback):
         check_strength('factor', factor, '≥ 0')
         super().__init__(factor=factor, exclude=exclude)
 
-    def _regularizer(self, model): return L2Regularizer(model, **self.kwargs).to(next(model.parameters()).device)
+    def _regularizer(self, model): return L2Regularizer(model, **self.kwargs)
 
 # %% ../../nbs/12_callback.regularizer.ipynb #e2851f7e
 class _ThetaLast:
@@ -206,7 +206,7 @@ class AnnealedL2(L2Callback):
         for v in self.curve: check_strength('curve', v, '≥ 0')
         super().__init__(factor=self.curve[0], exclude=exclude)
 
-    def _regularizer(self, model): return L2Regularizer(model, **self.kwargs).to(next(model.parameters()).device)
+    def _regularizer(self, model): return L2Regularizer(model, **self.kwargs)
 
     def _set(self, t): self.regularizer.factors.fill_(np.interp(t, range(len(self.curve)), self.curve))  # t in epochs
     def before_batch(self): self._set(len(self._epochs)-1 + self.iter/self.n_iter)  # the history begins with epoch 0

@@ -21,7 +21,7 @@ class DecayCallback(L2Callback):
     order = GradientClip.order+1  # after unscaling and clipping; skipped steps do not reach it
     def _regularizer(self, model):
         lam = dict.fromkeys(KINDS, 0.) | dict(kernel=self._start)
-        return L2Regularizer(model, lam, **self.kwargs).to(next(model.parameters()).device)
+        return L2Regularizer(model, lam, **self.kwargs)
 
     def after_loss(self): pass
 
