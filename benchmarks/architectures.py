@@ -4,8 +4,9 @@
 
 Each DIR is a clone: KaiyangZhou/deep-person-reid, microsoft/Relation-Aware-Global-Attention-Networks, blue-blue272/ImgReID-IAnet and
 PengfeiFANGanu/Attention-in-Attention-Networks. The last two have no licence: they are run here, and nothing is taken from them.
-Both sides compute in float64: in training BatchNorm over a few images magnifies the rounding of float32 beyond 1e-5."""
-import importlib.util, sys, tempfile, types
+Both sides compute in float64: in training BatchNorm over a few images magnifies the rounding of float32 beyond 1e-5.
+With `--batch`, a training step (forward and backward pass, no optimizer) of that many images is timed in float32 on both sides, in turn."""
+import importlib.util, sys, tempfile, time, types
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from io import StringIO
@@ -61,7 +62,7 @@ def of_ianet(folder):
 def of_batnet(folder):
     net = module(folder, 'models/bilinear_aia_noHard_net.py', 'theirs_batnet').BilinearAIAnetCnoHard(n_classes, loss={'xent','htri'})
     grid,sample = F.affine_grid,F.grid_sample
-    def old_grid(theta, size): return grid(theta.double(), size, align_corners=True)  # as in torch 1.1, which it is for
+    def old_grid(theta, size): return grid(theta.to(next(net.parameters()).dtype), size, align_corners=True)  # as in torch 1.1, which it is for
     def run(x):
         with patch.multiple(F, affine_grid=old_grid, grid_sample=partial(sample, align_corners=True)):
             if not net.training: return net(x),
@@ -89,8 +90,21 @@ def distance(a, b):
     "Largest difference, relative to the largest value where that is above 1"
     return ((a-b).abs().max()/b.abs().max().clamp_min(1)).item()
 
-def compare(name, net, run, file, tol):
-    "Load the arrays of `net` by way of a checkpoint file; print how far outputs, and the running statistics after training, differ"
+def time_steps(ours, net, run, batch, n=5):
+    "Print the median time of a training step of both networks, and their ratio"
+    ours.float().train(), net.float().train()
+    x,times = torch.rand(batch, 3, *size),{}
+    def of_ours(): return [*(out := ours(x)).embeddings, *out.logits]
+    for _ in range(n):
+        for who,step in (('ours', of_ours), ('theirs', lambda: run(x))):
+            start = time.perf_counter()
+            sum(o.mean() for o in step()).backward()
+            times.setdefault(who, []).append(time.perf_counter()-start)
+    a,b = (sorted(times[who])[n//2] for who in ('ours','theirs'))
+    print(f'{"":16} a training step of {batch} images: {a:.2f} s, theirs {b:.2f} s, ratio {b/a:.2f}')
+
+def compare(name, net, run, file, tol, batch):
+    "Load the arrays of `net` by way of a checkpoint file; print how far outputs, and the running statistics after training, differ, and with `batch` the times of a step"
     shake(net)
     torch.save(dict(state_dict={f'module.{k}': v for k,v in net.state_dict().items()}, epoch=1), file)
     ours = build_reid_net(name, n_classes, pretrained=file).double()
@@ -108,7 +122,8 @@ def compare(name, net, run, file, tol):
         after = distance(emb, run(normed)[0])
     assert (emb.std(0)>0).float().mean()>.1  # equal zeros would prove nothing
     n = sum(p.numel() for p in ours.parameters())
-    print(f'{name:16} {n:10,} parameters; evaluation {evaluation:.1e}, training {training:.1e}, evaluation after one training batch {after:.1e}')
+    print(f'{name:16} {n:10,} parameters; evaluation {evaluation:.1e}, training {training:.1e}, evaluation after one training batch {after:.1e}', flush=True)
+    if batch: time_steps(ours, net, run, batch)
     return max(evaluation, training, after)<=tol
 
 @call_parse
@@ -118,11 +133,12 @@ def main(
     ianet:str=None, # Clone of blue-blue272/ImgReID-IAnet
     batnet:str=None, # Clone of PengfeiFANGanu/Attention-in-Attention-Networks
     tol:float=1e-5, # Largest difference
-    seed:int=0 # Of arrays and images
+    seed:int=0, # Of arrays and images
+    batch:int=0 # Images in a timed training step; 0: times are not measured
 ):
     "Compare our networks with their authors' code"
     torch.manual_seed(seed)
     found = [(f,d) for f,d in ((of_torchreid,torchreid), (of_rga,rga), (of_ianet,ianet), (of_batnet,batnet)) if d]
     if not found: raise SystemExit('Give the folder of at least one project, see --help.')
-    with tempfile.TemporaryDirectory() as d: ok = [compare(*o, f'{d}/net.pth', tol) for f,folder in found for o in f(folder)]
+    with tempfile.TemporaryDirectory() as d: ok = [compare(*o, f'{d}/net.pth', tol, batch) for f,folder in found for o in f(folder)]
     if not all(ok): raise SystemExit(f'{ok.count(False)} of {len(ok)} networks differ by more than {tol}.')

@@ -92,6 +92,14 @@ def test_rga_head_keeps_its_bias_at_zero():
     learn.opt.step()
     assert not head.neck.bias.any() and not head.neck.bias.requires_grad and not torch.equal(head.neck.weight, was)
 
+def test_rga_computes_no_matrix_of_relations():
+    "The products take n²d/16 multiply-adds in the order that is used, n²d/8 + n³/4 with the matrix"
+    n,d = 2048,128
+    att = RelationAttention(d, n).eval()
+    with FlopCounterMode(display=False) as count,torch.no_grad(): att(torch.rand(1, d, n, 1))
+    found = count.flop_counts['Global']
+    assert sum(found[o] for o in (torch.ops.aten.mm,torch.ops.aten.bmm))/2==n*n*d/16
+
 def test_rga_embedding_is_before_the_norm_in_training_alone():
     head = build('rga_sc_resnet50').heads[0]
     nn.init.constant_(head.neck.weight, 3.)

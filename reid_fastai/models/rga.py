@@ -31,9 +31,11 @@ class RelationAttention(nn.Module):
     def forward(self,
         x:torch.Tensor # (b, n_features, n_nodes, 1)
     ) -> torch.Tensor: # (b, 1, n_nodes, 1) in (0, 1)
-        r = self.theta(x).squeeze(3).transpose(1, 2) @ self.phi(x).squeeze(3)
-        both = torch.cat([r.transpose(1, 2), r], 1)[...,None]
-        return self.weigh(torch.cat([self.g(x).mean(1, keepdim=True), self.relations(both)], 1)).sigmoid()
+        t,p = self.theta(x).squeeze(3),self.phi(x).squeeze(3)
+        row,column = self.relations[0].weight.flatten(1).chunk(2, 1)
+        # (row pᵀ)t + (column tᵀ)p is the convolution of the stacked relations, without the n×n matrix of relations
+        r = row @ p.transpose(1, 2) @ t + column @ t.transpose(1, 2) @ p
+        return self.weigh(torch.cat([self.g(x).mean(1, keepdim=True), self.relations[1:](r[...,None])], 1)).sigmoid()
 
 # %% ../../nbs/03d_models.rga.ipynb #2ef61764
 class SpatialChannelAttention(nn.Module):
