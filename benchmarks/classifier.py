@@ -14,7 +14,7 @@ from fastai.layers import ConvLayer
 from sklearn.datasets import load_digits
 
 from reid_fastai.callback.all import *
-from reid_fastai.experiments import _paired, markdown_table
+from reid_fastai.experiments import markdown_table, paired_difference
 
 steps_of_5 = [5.**i for i in range(-2, 4)]
 #: Regulariser -> (function that makes the callback, strengths)
@@ -46,7 +46,7 @@ def main(a):
     for arm,o in df.groupby('arm', sort=False):
         best = o.groupby('strength').accuracy.mean().idxmax()
         acc = o[o.strength==best].set_index('seed').accuracy
-        mean,half = _paired(auto, acc)
+        mean,half = paired_difference(auto, acc)
         rows.append({'regulariser': arm, 'best strength': f'{best:g}' if best else '', 'accuracy, %': f'{acc.mean():.2f} ± {acc.std():.2f}',
                      'auto − this': '' if arm=='auto, default' else f'{mean:+.2f} ± {half:.2f}'})
     print(markdown_table(pd.DataFrame(rows)))

@@ -1,7 +1,8 @@
 """Which part of rotation control has an effect: trainings that differ in one part, on one dataset.
 
-    python benchmarks/controls.py DATA --out FILE.csv [--controls …] [--seeds 1] [--set epochs=5 steps=200 …]
+    python benchmarks/controls.py DATA --out FILE.csv [--controls both constant rotation=0.02 …] [--seeds 1] [--set epochs=5 steps=200 …]
 
+A control is one of the names below, or a regulariser of `reid-compare` with a strength, such as rotation=0.02.
 A row is added to FILE.csv after each training. Trainings that have a row are not repeated, so the command can be interrupted and given again, and a file may be moved to another machine.
 """
 import argparse, sys, time
@@ -14,12 +15,12 @@ from fastai.callback.schedule import SchedCos, SchedNo
 from fastai.optimizer import Larc
 
 from options import add_set
+from rows import Rows
 from reid_fastai.callback.regularizer import ConventionalL2
 from reid_fastai.callback.rotation import AutoL2, RotationControl
 from reid_fastai.config import RunConfig
 from reid_fastai.core import keep_freed_memory
 from reid_fastai.experiments import markdown_table
-from reid_fastai.files import atomic_write, check_writable
 from reid_fastai.runs import fit_run, load_splits, make_learner, result_figures
 
 def radians(cfg, lam): return (2*cfg.lr*lam)**.5
@@ -43,12 +44,17 @@ CONTROLS = {
     'random constant': ('random weights, constant L2', lambda c,l: [ConventionalL2(2.5e-3)], None, dict(pretrained='none')),
     'random both': ('random weights, angles set, norms kept', lambda c,l: [RotationControl(l)], None, dict(pretrained='none'))}
 
+def control(name, cfg, lam):
+    "The options and callbacks of a control, and its optimizer or None"
+    if '=' in name: return cfg.with_l2(name.split('=')[0], float(name.split('=')[1])),[],None
+    _,cbs,opt_func,opts = CONTROLS[name]
+    return cfg.but(**opts),cbs(cfg, lam),opt_func
+
 def train(name, splits, cfg, lam, device):
     "Train one control → its figures, last epoch"
-    _,cbs,opt_func,opts = CONTROLS[name]
-    cfg = cfg.but(**opts)
+    cfg,cbs,opt_func = control(name, cfg, lam)
     learn = make_learner(splits, cfg, device=device)
-    learn.add_cbs(cbs(cfg, lam))
+    learn.add_cbs(cbs)
     if opt_func: learn.opt_func = opt_func
     start = time.perf_counter()
     with learn.no_bar(), learn.no_logging(): fit_run(learn, cfg, 0)
@@ -56,30 +62,27 @@ def train(name, splits, cfg, lam, device):
     return dict({k: res[k] for k in ('mAP','Rank-1','mINP')}, minutes=round((time.perf_counter()-start)/60, 1))
 
 def main(a):
-    check_writable(a.out)
-    if odd := [o for o in a.controls if o not in CONTROLS]: raise ValueError(f'--controls {odd}: there are {list(CONTROLS)}.')
+    if odd := [o for o in a.controls if o not in CONTROLS and '=' not in o]: raise ValueError(f'--controls {odd}: there are {list(CONTROLS)}, and regularisers with a strength, such as rotation=0.02.')
     keep_freed_memory()
-    out,splits = Path(a.out),load_splits(a.data)
-    rows = pd.read_csv(out).to_dict('records') if out.exists() else []
+    rows,base = Rows(a.out),RunConfig(**dict(dict(epochs=5, steps=200), **dict(a.set), data=a.data, l2='none'))
+    for name in a.controls: control(name, base, a.lam)  # raises `ValueError` for an unknown regulariser or strength
+    splits = load_splits(a.data)
+    setting = dict(dataset=splits.name, arch=base.arch, size='x'.join(map(str, base.size)), epochs=base.epochs, steps=base.steps, lam=a.lam)
+    rows.check_same(**setting)
     for seed in range(a.seed, a.seed+a.seeds):
-        cfg = RunConfig(**dict(dict(epochs=5, steps=200), **dict(a.set), data=a.data, l2='none', seed=seed))
-        setting = dict(dataset=splits.name, arch=cfg.arch, size='x'.join(map(str, cfg.size)), epochs=cfg.epochs, steps=cfg.steps, lam=a.lam, torch=torch.__version__)
-        if odd := [k for k in setting if k!='torch' and rows and rows[0][k]!=setting[k]]:
-            raise ValueError(f'{out} has rows with {odd[0]}={rows[0][odd[0]]}, and is now to go on with {setting[odd[0]]}. Name another file.')
         for name in a.controls:
-            if any((r['control'], r['seed'])==(name, seed) for r in rows): continue
-            rows.append(dict(control=name, seed=seed, **train(name, splits, cfg, a.lam, a.device), **setting))
-            atomic_write(out, pd.DataFrame(rows).to_csv(index=False))
+            if rows.has(control=name, seed=seed): continue
+            rows.add(dict(control=name, seed=seed, **train(name, splits, base.but(seed=seed), a.lam, a.device), **setting, torch=torch.__version__))
             print({k: rows[-1][k] for k in ('control','seed','mAP','Rank-1','minutes')}, flush=True)
     df = pd.DataFrame(rows).groupby('control', sort=False).agg({'seed': 'count', 'mAP': ['mean','std'], 'Rank-1': 'mean'}).reset_index()
     pm = [f'{m:.2f}'+(f' ± {s:.2f}' if s==s else '') for m,s in zip(df.mAP['mean'], df.mAP['std'])]
-    print(markdown_table(pd.DataFrame({'control': [CONTROLS[o][0] for o in df.control], 'seeds': df.seed['count'], 'mAP': pm, 'Rank-1': df['Rank-1']['mean'].map('{:.2f}'.format)})))
+    print(markdown_table(pd.DataFrame({'control': [CONTROLS[o][0] if o in CONTROLS else o for o in df.control], 'seeds': df.seed['count'], 'mAP': pm, 'Rank-1': df['Rank-1']['mean'].map('{:.2f}'.format)})))
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('data', help="'synthetic', the folder of a dataset, or a CSV file")
     p.add_argument('--out', required=True, help='CSV file of the results')
-    p.add_argument('--controls', nargs='+', default=list(CONTROLS), help=f'some of: {", ".join(CONTROLS)}')
+    p.add_argument('--controls', nargs='+', default=list(CONTROLS), help=f'some of: {", ".join(CONTROLS)}; or regularisers with a strength')
     p.add_argument('--lam', type=float, default=.01, help='λ of rotation control')
     p.add_argument('--seeds', type=int, default=1, help='number of seeds')
     p.add_argument('--seed', type=int, default=42, help='the first of them')

@@ -10,10 +10,11 @@ from pathlib import Path
 import pandas as pd
 from scipy.stats import spearmanr
 
+from rows import Rows
 from reid_fastai.callback.evaluation import search
 from reid_fastai.experiments import markdown_table
 from reid_fastai.export import load_embedder
-from reid_fastai.files import atomic_write, model_file, read_json
+from reid_fastai.files import model_file, read_json
 from reid_fastai.runs import chosen_device, load_splits, result_figures, search_rows
 
 def main(a):
@@ -21,13 +22,11 @@ def main(a):
     if not (out/'results.csv').exists(): raise ValueError(f'{out} is no folder of a finished `reid-compare`: results.csv is missing.')
     cfg,runs = read_json(out/'comparison.json')['cfg'],pd.read_csv(out/'results.csv').query('stage=="tune"')
     if len(runs)<3: raise ValueError(f'{out} has {len(runs)} tuning runs; a rank correlation needs at least 3. Give `reid-compare` several strengths.')
-    file = out/'heldout.csv'
-    rows,(df,files) = pd.read_csv(file).to_dict('records') if file.exists() else [],search_rows(load_splits(cfg['data']))
+    rows,(df,files) = Rows(out/'heldout.csv'),search_rows(load_splits(cfg['data']))
     for r in runs.itertuples():
-        if any(o['folder']==r.folder for o in rows): continue
+        if rows.has(folder=r.folder): continue
         res = result_figures(search(load_embedder(model_file(out/r.folder), chosen_device(a.device))(files, flip=cfg['flip']), df))
-        rows.append({'folder': r.folder, 'arm': r.arm, 'strength': r.strength, 'held-out mAP': r.mAP, 'test mAP': res['mAP'], 'test Rank-1': res['Rank-1']})
-        atomic_write(file, pd.DataFrame(rows).to_csv(index=False))
+        rows.add({'folder': r.folder, 'arm': r.arm, 'strength': r.strength, 'held-out mAP': r.mAP, 'test mAP': res['mAP'], 'test Rank-1': res['Rank-1']})
     df = pd.DataFrame(rows)
     print(markdown_table(df.drop(columns='folder').round(2)))
     of = lambda o: f'{spearmanr(o["held-out mAP"], o["test mAP"]).statistic:.2f} over {len(o)} runs'

@@ -166,6 +166,18 @@ def but(self:RunConfig,
     own = dict(strength=None) if changes.get('l2', self.l2)!=self.l2 else {}
     return RunConfig(**{**vars(self), **own, **changes})
 
+#: Regulariser -> its option for the strength; `strength` for all others
+_strength_of = dict(conventional='factor', adaptive='amplitude', lamb='lr')
+
+@patch
+def with_l2(self:RunConfig,
+    l2:str, # Regulariser
+    strength:float|None=None, # λ of conventional, A of adaptive L2, learning rate of LAMB, else `strength`; None: unchanged, or the regulariser's default
+    **changes # Other options with other values
+) -> RunConfig: # A copy
+    "Copy the options with another regulariser and its strength"
+    return self.but(l2=l2, **changes, **{} if strength is None else {_strength_of.get(l2, 'strength'): strength})
+
 @patch
 def __repr__(self:RunConfig): return 'RunConfig('+', '.join(f'{k}={v!r}' for k,v in vars(self).items() if v is not None)+')'
 

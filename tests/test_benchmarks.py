@@ -70,7 +70,10 @@ def test_controls(tmp_path):
     df.iloc[1:].to_csv(tmp_path/'c.csv', index=False)
     again = forked(*args, '--controls', 'none', 'norm', logs=tmp_path)
     assert again.returncode==0 and again.stdout.count("{'control'")==1 and pd.read_csv(tmp_path/'c.csv').mAP.iloc[-1]==df.mAP.iloc[0]
-    for bad,words in ((['--controls', 'some'], "['some']"), (['--set', 'epochs=1', 'steps=3', 'pretrained=none'], 'arch=test_resnet')):
+    arms = forked(*args, '--controls', 'constant', 'conventional=0.0025', 'rotation=0.01', 'rotation=0.05', logs=tmp_path)
+    mAP = pd.read_csv(tmp_path/'c.csv').set_index('control').mAP
+    assert arms.returncode==0 and mAP['conventional=0.0025']==mAP.constant and mAP['rotation=0.01']==mAP.both!=mAP['rotation=0.05'], arms.stderr[-800:]
+    for bad,words in ((['--controls', 'some'], "['some']"), (['--controls', 'some=0.1'], "l2='some'"), (['--set', 'epochs=1', 'steps=3', 'pretrained=none'], 'arch=test_resnet')):
         res = forked(*args, *bad, logs=tmp_path)
         assert res.returncode==1 and words in res.stderr and 'Traceback' not in res.stderr
 

@@ -1,0 +1,27 @@
+"Results in a CSV file that grows by a row after each training, so that an interrupted script goes on where it stopped"
+from pathlib import Path
+
+import pandas as pd
+
+from reid_fastai.files import atomic_write, check_writable
+
+class Rows(list):
+    "Rows of a CSV file, as dicts"
+    def __init__(self, file):
+        check_writable(file)
+        self.file = Path(file)
+        super().__init__(pd.read_csv(file).to_dict('records') if self.file.exists() else [])
+
+    def has(self, **values):
+        "Whether a row has these values"
+        return any(all(row[k]==v for k,v in values.items()) for row in self)
+
+    def check_same(self, **values):
+        "Raise `ValueError` if the file was begun with other values"
+        for k,v in values.items():
+            if self and self[0][k]!=v: raise ValueError(f'{self.file} has rows with {k}={self[0][k]}, and is now to go on with {v}. Name another file.')
+
+    def add(self, row):
+        "Add a row, and write the file"
+        self.append(row)
+        atomic_write(self.file, pd.DataFrame(self).to_csv(index=False))
