@@ -52,16 +52,16 @@ def _frame(ax, img, title, color='black'):
     for s in ax.spines.values(): s.set(color=color, linewidth=2.5)
 
 def plot_ranked(
-    res:RetrievalResults, # What was found
+    res:RetrievalResults, # Results to draw
     q_imgs, # Query images: sequence of paths or arrays, or a function of the index
-    g_imgs, # Gallery images, junk included
-    queries=None, # Indices of queries, a row each; None: `n` with a match, evenly spread
-    k:int=10, # Images of the ranked list, at most as many as the gallery has
+    g_imgs, # Gallery images, including junk
+    queries=None, # Indices of queries, one per row; None: `n` queries with a match, evenly spread
+    k:int=10, # Number of images per ranked list; at most the size of the gallery
     size:float=.8, # Width of an image, inches
-    n:int=4 # How many queries, if `queries` is None
+    n:int=4 # Number of queries, if `queries` is None
 ) -> np.ndarray: # (queries, k+1) axes
-    "Queries, and their nearest gallery images: right ones with ✓ and a green frame, wrong ones with ✗ and a red frame"
-    if n<1: raise ValueError(f'n={n}: at least one query.')
+    "Plot queries and their nearest gallery images: matches with ✓ and a green frame, others with ✗ and a red frame"
+    if n<1: raise ValueError(f'n={n}: needed at least one query.')
     has,k = res.n_matches.nonzero()[0],min(k, len(res.g_pids))
     queries = np.array(ifnone(queries, has[np.linspace(0, len(has)-1, min(n, len(has))).astype(int)]), ndmin=1)
     if len(bad := queries[(queries<0)|(queries>=len(res))]):
@@ -84,24 +84,24 @@ def plot_ranked(
 
 # %% ../nbs/17_interpret.ipynb #2a2f9a11
 def plot_worst(
-    res:RetrievalResults, # What was found
+    res:RetrievalResults, # Results to draw
     q_imgs, # Query images: sequence of paths or arrays, or a function of the index
-    g_imgs, # Gallery images, junk included
-    n:int=4, # Queries
-    k:int=10, # Images of the ranked list
+    g_imgs, # Gallery images, including junk
+    n:int=4, # Number of queries
+    k:int=10, # Number of images per ranked list
     size:float=.8 # Width of an image, inches
 ) -> np.ndarray: # (n, k+1) axes
-    "Ranked lists of the queries of least average precision"
-    if n<1: raise ValueError(f'n={n}: at least one query.')
+    "Plot the ranked lists of the queries with the lowest average precision"
+    if n<1: raise ValueError(f'n={n}: needed at least one query.')
     return plot_ranked(res, q_imgs, g_imgs, np.argsort(res.ap, kind='stable')[:min(n, len(res)-res.n_skipped)], k, size) # NaN comes last
 
 # %% ../nbs/17_interpret.ipynb #9dd97dad
 def plot_cmc(
     res, # `RetrievalResults`, or a dict of several by name
-    k:int=20, # Up to which rank
-    ax=None # Axis to draw on; None: a new one
+    k:int=20, # Largest rank
+    ax=None # Axis to draw on; a new one if None
 ) -> plt.Axes: # The axis
-    "Fraction of queries with a match among the first ranks"
+    "Plot the share of queries with a match up to each rank"
     if ax is None: ax = plt.subplots(figsize=(4,3))[1]
     for (name,o),ls in zip((res if isinstance(res, dict) else {'': res}).items(), cycle(('-','--',':','-.'))):
         ax.plot(range(1, k+1), 100*o.cmc(k), ls=ls, marker='.', label=f'{name} (mAP {100*o.mAP:.1f} %)'.strip())
@@ -114,12 +114,12 @@ def plot_cmc(
 @patch
 @delegates(plot_ranked, but=['res','q_imgs','g_imgs'])
 def show_results(self:ReIDLearner,
-    results:RetrievalResults|None=None, # What was found; None: by the last evaluation, or by a new one
-    worst:bool=False, # Whether to show the hardest queries
-    max_n:int=4, # How many queries, unless `queries` says which
+    results:RetrievalResults|None=None, # Results to draw; None: those of the last evaluation, or of a new one
+    worst:bool=False, # Whether to show the queries with the lowest average precision
+    max_n:int=4, # Number of queries, unless `queries` is given
     **kwargs
 ) -> np.ndarray: # (queries, k+1) axes
-    "Queries of `dls` and their ranked lists, right and wrong marked"
+    "Plot queries of `dls` and their ranked lists; matches and other images are marked"
     df,root = _test_df(self.dls),self.dls.splits.root
     res = results or getattr(getattr(self, 'retrieval_metrics', None), 'results', None) or self.retrieval()
     kwargs = {'n': max_n, **kwargs}
@@ -144,11 +144,11 @@ def activation_maps(
 @patch
 def plot_activations(self:ReIDLearner,
     items=None, # Images, files or a table; None: queries, evenly spread
-    n:int=8, # How many, if `items` is None
+    n:int=8, # Number of queries, if `items` is None
     size:float=.9, # Width of an image, inches
-    axs=None # (2, number of images) axes; None makes a figure
+    axs=None # (2, number of images) axes; a new figure if None
 ) -> np.ndarray: # (2, number of images) axes
-    "Images, and below each the places its embedding is made of"
+    "Plot images, and below each its activation map"
     if items is None:
         queries = _test_df(self.dls)[lambda o: o.split=='query']
         items = queries.iloc[np.linspace(0, len(queries)-1, min(n, len(queries))).astype(int)]

@@ -107,11 +107,13 @@ def run_summary(
     lines = [f'# {cfg["dataset"]["name"]}, {cfg["arch"]}, {cfg["l2"]} L2', '', *(o for note in cfg['dataset']['notes'] for o in (note, '')),
              f'| metric | {" | ".join(k for k,_ in cols)} |', f'|---|{"---|"*len(cols)}',
              *(f'| {k} | {" | ".join(f"{o[k]:.2f}" for _,o in cols)} |' for k in metrics), '',
-             f'{res["queries"]} queries ({res["skipped"]} without a match, skipped), {res["gallery"]} gallery images, cosine distance, '
-             f'features averaged over image and mirror image: {cfg["flip"]}. Gallery images of the query\'s identity and camera are ignored.', '',
+             f'{res["queries"]} {"query" if res["queries"]==1 else "queries"} ({res["skipped"]} without a match, skipped), {res["gallery"]} gallery images, cosine distance, '
+             f'features {"averaged over image and mirror image" if cfg["flip"] else "of the image only"}. Gallery images of the query\'s identity and camera are ignored.', '',
              f'{chosen} Seed {cfg["seed"]}. Training took {res["seconds_per_epoch"]:.1f} s an epoch, {res["images_per_second"]:.0f} images a second'
              +(f', in {res["precision"]}.' if 'precision' in res else '.'), '']
-    if 'arrays' in res: lines += [f'λ at the end: {res["lambda_min"]:.3g} to {res["lambda_max"]:.3g}, mean {res["lambda_mean"]:.3g}, over {res["arrays"]} parameter arrays.', '']
+    if 'arrays' in res:
+        lo,hi,mean = (f'{res[f"lambda_{o}"]:#.4g}' for o in ('min','max','mean'))
+        lines += [f'λ at the end: {f"{lo} to {hi}, mean {mean}, over" if lo!=hi else f"{lo} for all"} {res["arrays"]} parameter arrays.', '']
     return '\n'.join([*lines, f'Versions: {", ".join(f"{k} {v}" for k,v in cfg["versions"].items())}.', ''])
 
 @by_leader

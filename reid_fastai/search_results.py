@@ -51,13 +51,14 @@ class SearchResults:
         self.df = df.assign(match=[None if pd.isna(a) or pd.isna(b) else a==b for a,b in zip(pid, df.pid)])
 
     def __len__(self): return len(self.queries)
-    def __repr__(self): return f'{len(self)} photo{"s"*(len(self)!=1)}, {self.how}\n{self._brief.to_string(index=False, max_rows=20, float_format="%.4f")}'
+    def __repr__(self): return f'{len(self)} photo{"s"*(len(self)!=1)}, {self.how}\n{self._brief.to_string(index=False, max_rows=20)}'
 
     @property
     def _brief(self):
-        "Columns that are not empty; file names without folders"
+        "Columns that are not empty, as text; file names without folders"
         df = self.df[[c for c in self.df if c in ('query','rank','distance','path') or self.df[c].notna().any()]]
-        return df.assign(path=df.path.map(_name))
+        text = lambda o: f'{o:g}' if isinstance(o, float) and not pd.isna(o) else _known(o)
+        return df.assign(path=df.path.map(_name), distance=df.distance.map('{:.4f}'.format)).astype(object).map(text)
 
 # %% ../nbs/18b_search_results.ipynb #18cb1f0c
 @patch
@@ -107,7 +108,7 @@ def to_csv(self:SearchResults,
 @lru_cache
 def _font(size): return ImageFont.truetype(Path(matplotlib.get_data_path())/'fonts/ttf/DejaVuSans.ttf', size)
 
-_cell,_text = (96,176),34  # (width, height) of a cell with its two lines of text, and height of the text, px
+_cell,_text = (112,176),34  # (width, height) of a cell with its two lines of text, and height of the text, px
 
 def _mark(row):
     "Marks of a found image: right or wrong, and same person or not"
@@ -129,7 +130,7 @@ def _draw(sheet, at, thumb, lines, colour='#404040'):
 
 @patch
 def sheet(self:SearchResults
-    ) -> Image.Image: # Contact sheet with 96×176 px per image
+    ) -> Image.Image: # Contact sheet with 112×176 px per image
     "Draw photos and found images"
     df = self.df
     res = Image.new('RGB', ((1+df['rank'].max())*_cell[0], len(self)*_cell[1]), 'white')

@@ -65,7 +65,7 @@ def _build(self:L2Callback, learn):
     if (theta := getattr(new, 'theta', None)) is not None:
         if (has := getattr(model, THETA, None)) is None: model.register_parameter(THETA, theta)
         elif has.shape!=theta.shape:
-            raise ValueError(f'The model has a θ for {len(has)} parameter arrays, but {len(theta)} arrays are to be regularised. '
+            raise ValueError(f'The model has a θ for {len(has)} parameter arrays, but the number of arrays to regularise is {len(theta)}. '
                              f'Use the same model and `exclude` as before, or remove θ with `del learn.model.{THETA}`.')
         else: new.theta = has
     if old and (old.names!=new.names or not {*ids(old)} & {*ids(new)}): self._epochs = []  # the recorded epochs belong to other arrays or to another model

@@ -284,7 +284,7 @@ def summary(self:RetrievalResults
 @patch
 def __repr__(self:RetrievalResults):
     s = self.summary()
-    return (f'{s.queries} queries ({s.skipped} without a match, skipped) in a gallery of {s.gallery}, {self.dists.metric}\n'
+    return (f'{s.queries} {"query" if s.queries==1 else "queries"} ({s.skipped} without a match, skipped) in a gallery of {s.gallery}, {self.dists.metric}\n'
             + '  '.join(f'{k} {s[k]:.2f} %' for k in s.index[:5]))
 
 # %% ../../nbs/10_evaluation.metrics.ipynb #1717f08f

@@ -32,11 +32,11 @@ def nearest(
     q:torch.Tensor, # (n, d) float32 queries
     g:torch.Tensor, # (m, d) float32 gallery
     size:torch.Tensor, # (m,) norms of the rows of `g`
-    k:int, # How many, at most m or the length of `rows`
+    k:int, # Number of images per query, at most m or the length of `rows`
     metric:str='cosine', # 'cosine' or 'euclidean'
-    rows:torch.Tensor=None # Rows of `g` to search among, rising; None: all
+    rows:torch.Tensor=None # Indices of the rows of `g` to search, in ascending order; None: all
 ) -> TopK: # `idxs` (n, k) rows of `g`, `dists` (n, k)
-    "The nearest `k` rows of each query, as `Distances.topk` gives them"
+    "The `k` rows nearest to each query; the result of `Distances.topk`"
     idxs,dists = [],[]
     for part in q.split(max(1, 2**26//len(g))):
         keys,err = _keys(part, g, size, metric)
