@@ -74,6 +74,7 @@ class PortableNet(nn.Module):
         return _averaged(self.net, x, self.flip, self.normalize)
 
 # %% ../nbs/17a_portable.ipynb #cbd3fce0
+#: Suffix of the exported file, by format
 SUFFIXES = dict(onnx='.onnx', torchscript='.torchscript', pt2='.pt2')
 _opset,_key,_tol = 17,'reid_fastai',1e-4
 

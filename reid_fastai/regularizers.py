@@ -27,8 +27,10 @@ def hard_sigmoid(
     return (0.2*x + 0.5).clamp(0, 1)
 
 # %% ../nbs/01_regularizers.ipynb #a2157d10
+#: Kinds of arrays
 KINDS = 'kernel','bias','gamma','beta'
-THETA = 'l2_theta'  # name of θ as a parameter of the regularised model; never penalised itself
+#: Name of θ as a parameter of the regularised model; θ itself is never penalised
+THETA = 'l2_theta'
 
 def _is_norm(m): return 'norm' in type(m).__name__.lower() or isinstance(m, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm))
 

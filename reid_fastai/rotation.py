@@ -48,6 +48,7 @@ def turned_angles(
     return torch.stack(res)
 
 # %% ../nbs/01a_rotation.ipynb #0f204051
+#: What rotation control can set: the angle of a step and the norm, or one of them
 KEEPS = 'both','angle','norm'
 
 def _factors(dd, do, oo, angles, keep):

@@ -224,9 +224,10 @@ def test_help_of_commands(site):
         assert option in page.split(f'usage: {cmd} ')[1].split('show this help message')[0], cmd
 
 def test_index_of_names(site):
-    "Every public name is on the page, with a link to its entry"
+    "Every public name is on the page, with a link to its entry and its purpose"
     page = (site/'api.html').read_text(encoding='utf-8')
     assert not {o for o in public() if f'#{o}"' not in page}
+    assert not re.findall(r'<tr[^>]*>\s*<td>.{,300}?</td>\s*<td>\s*</td>\s*</tr>', page)
 
 wrap,wrap_fences = (runpy.run_path(str(root/'nbs/_wrap.py'))[o] for o in ('wrap', 'wrap_fences'))
 

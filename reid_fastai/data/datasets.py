@@ -133,13 +133,16 @@ class FolderLayout(ReIDLayout):
 # %% ../../nbs/04_data.datasets.ipynb #d5b3f84a
 _boxes = dict(train='bounding_box_train', query='query', gallery='bounding_box_test')
 
+#: Files of Market-1501
 Market1501 = FolderLayout('Market-1501', _boxes, r'(?P<pid>-1|\d+)_c(?P<camid>\d+)s\d+_', '0002_c1s1_000451_03.jpg',
     {'Market-1501': dict(train=(12_936, 751, 6, 0, 0), query=(3_368, 750, 6, 0, 0), gallery=(19_732, 750, 6, 2_798, 3_819))})
 
 # %% ../../nbs/04_data.datasets.ipynb #3f97b1ca
+#: Files of DukeMTMC-reID
 DukeMTMC = FolderLayout('DukeMTMC-reID', _boxes, r'(?P<pid>\d+)_c(?P<camid>\d+)_f\d+', '0001_c2_f0046182.jpg',
     {'DukeMTMC-reID': dict(train=(16_522, 702, 8, 0, 0), query=(2_228, 702, 8, 0, 0), gallery=(17_661, 1_110, 8, 0, 0))})
 
+#: Files of CUHK03-NP, with detected or labelled boxes
 CUHK03 = FolderLayout('CUHK03-NP', _boxes, r'(?P<pid>\d+)_c(?P<camid>\d+)_\d+\.', '0003_c1_21.png',
     {'CUHK03-NP labeled': dict(train=(7_368, 767, 2, 0, 0), query=(1_400, 700, 2, 0, 0), gallery=(5_328, 700, 2, 0, 0)),
      'CUHK03-NP detected': dict(train=(7_365, 767, 2, 0, 0), query=(1_400, 700, 2, 0, 0), gallery=(5_332, 700, 2, 0, 0))}, exts=('.png','.jpg'))
@@ -179,6 +182,7 @@ class ListLayout(ReIDLayout):
                     yield f'{train if split=="train" else test}/{nm}', int(pid)+shift, int(m['camid']), split
 
 # %% ../../nbs/04_data.datasets.ipynb #393193be
+#: Files of MSMT17
 MSMT17 = ListLayout('MSMT17', dict(train=['list_train.txt','list_val.txt'], query=['list_query.txt'], gallery=['list_gallery.txt']),
     [('train','test'), ('mask_train_v2','mask_test_v2')], r'.*?\d+_\d+_(?P<camid>\d+)_', '0000/0000_000_01_0303morning_0015_0.jpg',
     {'MSMT17': dict(train=(32_621, 1_041, 15, 0, 0), query=(11_659, 3_060, 15, 0, 0), gallery=(82_161, 3_060, 15, 0, 0))})
@@ -205,6 +209,7 @@ class PidFolders(ReIDLayout):
                 if not rest: raise ValueError(f'{brief(f, 140)} is not in the folder of an identity. Move it to {split}/<pid>/.')
                 yield str(f.relative_to(root)), pid, split
 
+#: One folder of images per identity
 own_folders = PidFolders('Folders', {})
 
 # %% ../../nbs/04_data.datasets.ipynb #fd4f3202

@@ -151,6 +151,7 @@ def _bat_net(name, n_classes, pretrained, size):
     return net
 
 # %% ../../nbs/03f_models.batnet.ipynb #9602e29f
+#: The authors' settings of training
 batnet_recipe = PublishedRecipe('PengfeiFANGanu/Attention-in-Attention-Networks: README.md', epochs=300, lr=5e-4, wd=1e-4, milestones=(150,200,250),
     triplet='semihard', margin=1., average_heads=True, erasing=.5, erasing_from=50)
 register_method('bat_net', partial(_bat_net, 'bat_net'), batnet_recipe)

@@ -115,6 +115,7 @@ def _ianet(name, n_classes, pretrained, size):
     return net
 
 # %% ../../nbs/03e_models.ianet.ipynb #24414a85
+#: The authors' settings of training
 ianet_recipe = PublishedRecipe('blue-blue272/ImgReID-IAnet: train.py', epochs=60, lr=3.5e-4, milestones=(20,40), triplet='hard', margin=.3, metric='cosine',
     erasing=.5, notes='The script is for IAUnet, which succeeded IANet.')
 register_method('ianet_resnet50', partial(_ianet, 'ianet_resnet50'), ianet_recipe)

@@ -90,6 +90,7 @@ osnet_renaming = [
     (r'^fc\.0\.', 'heads.0.fc.'), (r'^fc\.1\.', 'heads.0.norm.'), (r'^classifier\.', 'heads.0.classifier.')]
 
 # %% ../../nbs/03c_models.osnet.ipynb #6f9e722c
+#: The authors' settings of training
 osnet_recipe = PublishedRecipe('torchreid: configs/im_osnet_x1_0_softmax_256x128_amsgrad_cosine.yaml', epochs=250, lr=1.5e-3, n_imgs=None,
     opt='amsgrad', schedule='cosine', frozen_epochs=10)
 

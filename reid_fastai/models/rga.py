@@ -94,6 +94,7 @@ def _rga(name, n_classes, pretrained, size):
     return net
 
 # %% ../../nbs/03d_models.rga.ipynb #9ca339f6
+#: The authors' settings of training
 rga_recipe = PublishedRecipe('microsoft/Relation-Aware-Global-Attention-Networks: scripts/run_rgasc_cuhk03.sh, main_imgreid.py', epochs=600, lr=8e-4,
     milestones=tuple(range(80, 361, 40)), gamma=.5, warmup_epochs=20, warmup_lr=8e-6, triplet='hard', margin=.3, erasing=.5)
 register_method('rga_sc_resnet50', partial(_rga, 'rga_sc_resnet50'), rga_recipe)
