@@ -108,7 +108,7 @@ def to_csv(self:SearchResults,
 @lru_cache
 def _font(size): return ImageFont.truetype(Path(matplotlib.get_data_path())/'fonts/ttf/DejaVuSans.ttf', size)
 
-_cell,_text = (112,176),34  # (width, height) of a cell with its two lines of text, and height of the text, px
+_cell,_text = (120,176),34  # (width, height) of a cell with its two lines of text, and height of the text, px
 
 def _mark(row):
     "Marks of a found image: right or wrong, and same person or not"
@@ -130,7 +130,7 @@ def _draw(sheet, at, thumb, lines, colour='#404040'):
 
 @patch
 def sheet(self:SearchResults
-    ) -> Image.Image: # Contact sheet with 112×176 px per image
+    ) -> Image.Image: # Contact sheet with 120×176 px per image
     "Draw photos and found images"
     df = self.df
     res = Image.new('RGB', ((1+df['rank'].max())*_cell[0], len(self)*_cell[1]), 'white')

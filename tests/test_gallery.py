@@ -220,7 +220,7 @@ def test_page_is_whole_and_marks_what_is_known(home, data, files):
     assert known.sum()==7 and marks==['' if not k else '✓' if m else '✗' for k,m in zip(known, res.df.match)]
     df = pd.read_csv('f.csv')
     assert df.query_path.tolist()==[o for o in photos for _ in range(4)] and np.allclose(df.distance, res.df.distance)
-    assert Image.open('f.png').size==(5*112, 2*176)
+    assert Image.open('f.png').size==(5*120, 2*176)
     assert '✓' not in reid_search(home/'people', photos, k=4, html='g.html', quiet=True)._repr_png_().decode('latin1') and not re.search('[✓✗]', Path('g.html').read_text(encoding='utf-8'))
 
 def test_same_or_not(home, data):
