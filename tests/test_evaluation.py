@@ -79,7 +79,7 @@ def test_protocol(p, chunk, bins, block):
         m.setattr(metrics, '_block', block)
         want,_ = oracle(*p, metric)
         if not any(want):
-            with pytest.raises(ValueError, match='empty' if (p[4]==-1).all() else 'has a match'): build(*p, metric=metric, chunk_size=chunk)
+            with pytest.raises(ValueError, match='empty' if (p[4]==-1).all() else 'has (a|no) match'): build(*p, metric=metric, chunk_size=chunk)
         else: check(build(*p, metric=metric, chunk_size=chunk), p, metric)
 
 @quiet
@@ -226,7 +226,7 @@ def args(**kw): return {**dict(q_feats=np.eye(3), q_pids=[1,2,3], q_camids=[0]*3
     (dict(g_feats=np.eye(3)[:,:2]), '3 numbers per image, gallery features 2'),
     (dict(g_feats=np.zeros((0,3)), g_pids=[], g_camids=[]), 'empty: 0 images'), (dict(g_pids=[-1]*3), 'empty: 3 images, 3 of them junk'),
     (dict(q_feats=np.zeros((0,3)), q_pids=[], q_camids=[]), 'query is empty'),
-    (dict(g_pids=[4,5,6]), 'None of the 3 queries has a match'),
+    (dict(g_pids=[4,5,6]), 'No query has a match'),
     (dict(g_camids=[0]*3), 'from another camera'), (dict(metric='l2'), "metric='l2'"), (dict(chunk_size=0), 'chunk_size=0'),
     (dict(q_pids=[1,2,.5]), 'integers or strings'),
     (dict(q_feats=np.ones(3)), 'images, numbers per image'), (dict(q_feats=np.zeros((3,0)), g_feats=np.zeros((3,0))), 'images, numbers per image'),
