@@ -81,7 +81,7 @@ def _check_splits(df, name):
     if twice := [c for c in _cols if (df.columns==c).sum()>1]: raise ValueError(f'{name}: the table has column {twice[0]!r} twice. Remove one of them.')
     if not len(df): raise ValueError(f'{name}: the table has no rows. Pass a table with one row per image.')
     for c in _cols:
-        if c in df and df[c].isna().any(): raise ValueError(f'{name}: {df[c].isna().sum()} rows have no `{c}`, the first is row {df[c].isna().to_numpy().argmax()}. '
+        if c in df and df[c].isna().any(): raise ValueError(f'{name}: rows without `{c}`: {df[c].isna().sum()}, the first is row {df[c].isna().to_numpy().argmax()}. '
                                               + ('Give all images a camera, or leave the column out.' if c=='camid' else 'Fill them in, or remove these rows.'))
     if odd := sorted(set(df.split)-set(_splits), key=str): raise ValueError(f'{name}: `split` contains {brief(odd)}; it must be one of {_splits}.')
 
@@ -103,7 +103,7 @@ def _check_files(df, name, files):
         at = twice.argmax()
         path,other = df.path.iloc[(files==files[at]).argmax()],df.path.iloc[at]
         raise ValueError(f'{name}: {brief(path, 60)} is listed twice in split {df.split.iloc[at]!r}' + (f', also as {brief(other, 60)}' if other!=path else '')
-                         + f'; {twice.sum()} images in all are. List each image once.')
+                         + f'. Images listed twice: {twice.sum()}. List each image once.')
 
 # %% ../nbs/00_core.ipynb #0bb584bb
 def _number(values, first=1):
@@ -128,7 +128,7 @@ class ReIDSplits:
         df = df.reset_index(drop=True)
         _check_files(df, short, files := number_files(df.path, root))
         pid,self.pid_names = _number(df.pid)
-        camid = _number(df.camid)[0] if 'camid' in df else -1-files
+        camid,self.camid_names = _number(df.camid) if 'camid' in df else (-1-files, {})
         self.has_cameras = 'camid' in df
         if self.has_cameras and min(camid)<0:
             raise ValueError(f'{short}: camera {min(camid)}; number cameras from 0. If they are unknown, leave the column `camid` out.')
@@ -187,7 +187,7 @@ def _check_leakage(splits, name):
         path = splits.df.path[both].min()
         other = splits.df.path[train & (files==files[(splits.df.path==path).argmax()])].iloc[0]
         also = f' (in `train` as {brief(other, 50)})' if other!=path else ''
-        raise ValueError(f'{name}: {len(set(files[both]))} images are in `train` and in a test split, such as {brief(path, 60)}{also}. Leave them in one.')
+        raise ValueError(f'{name}: images both in `train` and in a test split: {len(set(files[both]))}, such as {brief(path, 60)}{also}. Leave them in one.')
 
 def check_search(
     splits:ReIDSplits # Splits to check
@@ -202,7 +202,7 @@ def check_search(
     cams = sorted({*q.camid, *g.camid})
     why = (f'all test images are from camera {cams[0]}. Leave the column `camid` out if cameras are unknown.' if len(cams)==1 else
            f'queries have identities {_few(splits, q)}, the gallery has {_few(splits, g)}.')
-    raise ValueError(f'{name}: none of the {len(q)} queries has a match in the gallery (an image of its identity from another camera): {why}')
+    raise ValueError(f'{name}: no query has a match in the gallery (an image of its identity from another camera): {why}')
 
 def _few(splits, df): return brief(', '.join(str(splits.pid_names.get(o, o)) for o in df.pid.unique()[:5]), 30)+(', …' if df.pid.nunique()>5 else '')
 

@@ -197,7 +197,7 @@ def comparison_table(
     final = runs[runs.stage=='final']
     arms = [a for a in ALL_ARMS if a in set(final.arm)]
     of = lambda arm, m: final[final.arm==arm].set_index('seed')[m]
-    pm = lambda m, s, sign='': f'{m:{sign}.2f}' + (f' ± {s:.2f}' if s==s else '')
+    pm = lambda m, s, sign='': f'{m:{sign}.2f}'.replace('-', '−') + (f' ± {s:.2f}' if s==s else '')
     rows = {}
     for arm in arms:
         strength = final[final.arm==arm].strength.iloc[0]

@@ -19,7 +19,7 @@ from torch import Tensor,nn
 from torch.nn import functional as F
 
 from .callback.evaluation import _test_df
-from .core import unwrap
+from .core import brief,unwrap
 from .data.image import open_image
 from .evaluation.metrics import RetrievalResults
 from .learner import ReIDLearner
@@ -42,7 +42,10 @@ def _getter(imgs, n, name):
 # %% ../nbs/17_interpret.ipynb #1b864246
 _right,_wrong = '#2ca02c','#d62728'
 
-def _who(pid, camid): return f'id {pid}' + (f'\ncam {camid}' if isinstance(camid, str) or camid>=0 else '')  # negative: no camera is known
+def _who(pid, camid, pid_names, camid_names):
+    "Identity and camera, by name if they have one"
+    def named(what, o, names): return brief(str(names[o]), 12) if o in (names or {}) else f'{what} {o}'
+    return named('id', pid, pid_names) + ('\n'+named('cam', camid, camid_names) if isinstance(camid, str) or camid>=0 else '')  # negative: no camera is known
 
 def _frame(ax, img, title, color='black'):
     "Draw `img` in a frame"
@@ -58,7 +61,9 @@ def plot_ranked(
     queries=None, # Indices of queries, one per row; None: `n` queries with a match, evenly spread
     k:int=10, # Number of images per ranked list; at most the size of the gallery
     size:float=.8, # Width of an image, inches
-    n:int=4 # Number of queries, if `queries` is None
+    n:int=4, # Number of queries, if `queries` is None
+    pid_names:dict|None=None, # Names of identities, such as `ReIDSplits.pid_names`
+    camid_names:dict|None=None # Names of cameras, such as `ReIDSplits.camid_names`
 ) -> np.ndarray: # (queries, k+1) axes
     "Plot queries and their nearest gallery images: matches with ✓ and a green frame, others with ✗ and a red frame"
     if n<1: raise ValueError(f'n={n}: needed at least one query.')
@@ -68,32 +73,33 @@ def plot_ranked(
         raise ValueError(f'queries={bad.tolist()}: there are {len(res)} queries, counted from 0.')
     q_img,g_img = _getter(q_imgs, len(res), 'q_imgs'),_getter(g_imgs, len(res.g_pids), 'g_imgs')
     (idxs,dists),ap = res.topk(k, queries),res.ap
+    def who(pids, camids, i): return _who(pids[i], camids[i], pid_names, camid_names)
     above,below,high = .5,.2,2.05*size  # inches: title, AP and image of a row
     width,height = (k+1)*size,len(queries)*(above+high+below)
     places = dict(left=.04/width, right=1-.04/width, top=1-above/height, bottom=below/height, wspace=.06, hspace=(above+below)/high)  # a layout engine takes seconds
     fig,axs = plt.subplots(len(queries), k+1, figsize=(width, height), squeeze=False, gridspec_kw=places)
     for ax,q,idx,dist in zip(axs, queries, idxs.tolist(), dists.tolist()):
-        _frame(ax[0], q_img(q), f'query {q}\n{_who(res.q_pids[q], res.q_camids[q])}')
+        _frame(ax[0], q_img(q), f'query {q}\n{who(res.q_pids, res.q_camids, q)}')
         ax[0].set_xlabel(f'AP {100*ap[q]:.0f} %' if res.n_matches[q] else 'no match', fontsize=8, labelpad=2)
         for a,i,d in zip(ax[1:], idx, dist):
             if i<0: a.axis('off')
             else:
                 mark,color = ('✓',_right) if res.is_match(q, i) else ('✗',_wrong)
-                _frame(a, g_img(i), f'{mark} {d:.3f}\n{_who(res.g_pids[i], res.g_camids[i])}', color)
+                _frame(a, g_img(i), f'{mark} {d:.3f}\n{who(res.g_pids, res.g_camids, i)}', color)
     return axs
 
 # %% ../nbs/17_interpret.ipynb #2a2f9a11
+@delegates(plot_ranked, but=['queries'])
 def plot_worst(
     res:RetrievalResults, # Results to draw
     q_imgs, # Query images: sequence of paths or arrays, or a function of the index
     g_imgs, # Gallery images, including junk
     n:int=4, # Number of queries
-    k:int=10, # Number of images per ranked list
-    size:float=.8 # Width of an image, inches
+    **kwargs
 ) -> np.ndarray: # (n, k+1) axes
     "Plot the ranked lists of the queries with the lowest average precision"
     if n<1: raise ValueError(f'n={n}: needed at least one query.')
-    return plot_ranked(res, q_imgs, g_imgs, np.argsort(res.ap, kind='stable')[:min(n, len(res)-res.n_skipped)], k, size) # NaN comes last
+    return plot_ranked(res, q_imgs, g_imgs, np.argsort(res.ap, kind='stable')[:min(n, len(res)-res.n_skipped)], **kwargs) # NaN comes last
 
 # %% ../nbs/17_interpret.ipynb #9dd97dad
 def plot_cmc(
@@ -102,12 +108,12 @@ def plot_cmc(
     ax=None # Axis to draw on; a new one if None
 ) -> plt.Axes: # The axis
     "Plot the share of queries with a match up to each rank"
-    if ax is None: ax = plt.subplots(figsize=(4,3))[1]
+    if ax is None: ax = plt.subplots(figsize=(4,3), layout='constrained')[1]
     for (name,o),ls in zip((res if isinstance(res, dict) else {'': res}).items(), cycle(('-','--',':','-.'))):
         ax.plot(range(1, k+1), 100*o.cmc(k), ls=ls, marker='.', label=f'{name} (mAP {100*o.mAP:.1f} %)'.strip())
     ax.set(xlabel='rank', ylabel='queries matched, %')
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend()
+    ax.legend(loc='upper center', bbox_to_anchor=(.5, -.2), frameon=False)  # below the axis: curves may be anywhere in it
     return ax
 
 # %% ../nbs/17_interpret.ipynb #f07d7185
@@ -120,10 +126,10 @@ def show_results(self:ReIDLearner,
     **kwargs
 ) -> np.ndarray: # (queries, k+1) axes
     "Plot queries of `dls` and their ranked lists; matches and other images are marked"
-    df,root = _test_df(self.dls),self.dls.splits.root
+    df,splits = _test_df(self.dls),self.dls.splits
     res = results or getattr(getattr(self, 'retrieval_metrics', None), 'results', None) or self.retrieval()
-    kwargs = {'n': max_n, **kwargs}
-    q,g = ([str(root/o) if root else o for o in df.path[m]] for m in (df.split=='query', df.split=='gallery'))
+    kwargs = {'n': max_n, 'pid_names': splits.pid_names, 'camid_names': splits.camid_names, **kwargs}
+    q,g = ([str(splits.root/o) if splits.root else o for o in df.path[m]] for m in (df.split=='query', df.split=='gallery'))
     return (plot_worst if worst else plot_ranked)(res, q, g, **kwargs)
 
 # %% ../nbs/17_interpret.ipynb #1053c115

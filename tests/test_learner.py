@@ -1,5 +1,5 @@
 "`reid_learner` and what depends on it being whole"
-import json, os, pickle, socket, subprocess, sys, warnings
+import json, os, pickle, re, socket, subprocess, sys, warnings
 
 import numpy as np, pandas as pd, pytest, timm, torch
 from fastai.basics import CrossEntropyLossFlat, load_learner
@@ -289,6 +289,17 @@ def test_pictures_without_cameras(tmp_path):
     dls = ReIDDataLoaders.from_df(df, splits.root, size=(64,32), n_pids=4, steps=1, device='cpu')
     axs = tiny_learner(dls).show_results(max_n=1, k=2)
     assert 'cam' not in axs[0,0].get_title()
+
+def test_pictures_have_names_of_people_and_cameras():
+    splits = tiny_dls().splits
+    df = splits.df.assign(pid='P'+splits.df.pid.astype(str), camid='door '+splits.df.camid.astype(str))
+    dls = ReIDDataLoaders.from_df(df, splits.root, size=(64,32), n_pids=4, steps=1, device='cpu')
+    query = dls.splits.query.iloc[0]
+    assert splits.pid_names==splits.camid_names=={} and set(dls.splits.camid_names.values())==set(df.camid)
+    for worst in (False,True):
+        title = tiny_learner(dls).show_results(max_n=1, k=2, worst=worst)[0,0].get_title()
+        assert re.fullmatch(r'query \d+\nP\d+\ndoor \d', title), title
+    assert tiny_learner(dls).show_results(queries=0, k=2)[0,0].get_title()==f'query 0\n{dls.splits.pid_names[query.pid]}\n{dls.splits.camid_names[query.camid]}'
 
 def test_pictures_of_named_cameras():
     from reid_fastai.evaluation.metrics import RetrievalResults

@@ -34,5 +34,5 @@ def hold_out(
         df,split = df.assign(pid=df.pid.where(~aside, DISTRACTOR_PID)),np.where(aside, 'gallery', split)
     df = df.assign(split=split) if splits.has_cameras else df.assign(split=split).drop(columns='camid')
     res = ReIDSplits(df, f'{splits.name}, {n} of {len(n_cams)} training identities held out', splits.root)
-    res.pid_names = splits.pid_names
+    res.pid_names,res.camid_names = splits.pid_names,splits.camid_names
     return res

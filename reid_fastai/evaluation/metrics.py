@@ -108,7 +108,7 @@ def _lookup(self:RetrievalResults):
         self._n[none] = 0
     self.n_matches = count_matches(*(pd.DataFrame({k: v.cpu().numpy() for k,v in zip(('pid','camid'), o)}) for o in (self._q,self._g)))
     if not self.n_matches.any(): raise ValueError(
-        f'{"The query has no match" if len(self)==1 else f"None of the {len(self)} queries has a match"} among {len(g_pids)} gallery images (without junk): no gallery image shows its identity from another camera. '
+        f'No query has a match among {len(g_pids)} gallery images (without junk): no gallery image shows its identity from another camera. '
         f'Queries have pids {_few(self.q_pids)} and camids {_few(self.q_camids)}; the gallery has {_few(self.g_pids)} and {_few(self.g_camids)}.')
 
 def _few(x): return f"{', '.join(map(str, (u := np.unique(x))[:4]))}{', …' if len(u)>4 else ''}"

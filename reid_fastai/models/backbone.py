@@ -79,7 +79,7 @@ def _refuse(name, why):
 def _chain(m, name, x):
     "`Sequential` of the links of `m` from image `x` to feature map, and the recorded calls"
     try: target,calls = _run(m, getattr(m, 'forward_features', m), x)
-    except Exception as e: _refuse(name, f'an image of {x.shape[2]}×{x.shape[3]} px cannot be processed ({type(e).__name__}: {e})')
+    except Exception as e: _refuse(name, f'an image of {x.shape[2]}×{x.shape[3]} px cannot be processed ({type(e).__name__}: {str(e).rstrip(".")})')
     if not hasattr(m, 'forward_features'):
         n = first(i for i,o in enumerate(calls) if o.name.split('.')[0] in _heads or len(o.size)!=4 or o.size[2:]==(1,1))
         if not n: _refuse(name, 'no module before the classifier returns a map')
