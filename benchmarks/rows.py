@@ -19,7 +19,7 @@ class Rows(list):
     def check_same(self, **values):
         "Raise `ValueError` if the file was begun with other values"
         for k,v in values.items():
-            if self and self[0][k]!=v: raise ValueError(f'{self.file} has rows with {k}={self[0][k]}, and is now to go on with {v}. Name another file.')
+            if self and self[0][k]!=v: raise ValueError(f'{self.file} has rows with {k}={self[0][k]}, but this call has {v}. Name another file.')
 
     def add(self, row):
         "Add a row, and write the file"

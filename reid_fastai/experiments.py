@@ -120,7 +120,7 @@ class Comparison:
         found = {'tune_distractors':0., **read_json(file)}  # older comparisons do not have this option
         before,now = ({**o.pop('cfg'), **o, 'seeds':None} for o in (found, asked))  # seeds may be added
         if diff := [k for k in now if before.get(k)!=now[k]]:
-            raise ValueError(f'{self.out} was begun with {diff[0]}={before.get(diff[0])!r}, and is now to go on with {now[diff[0]]!r}. Take another folder for another comparison.')
+            raise ValueError(f'{self.out} was begun with {diff[0]}={before.get(diff[0])!r}, but this call has {now[diff[0]]!r}. Take another folder for another comparison.')
 
 # %% ../nbs/20_experiments.ipynb #2f33596f
 @patch

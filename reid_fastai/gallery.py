@@ -37,7 +37,12 @@ def check_new(
 
 class Gallery:
     "Database of images that one model has embedded"
-    def __init__(self, path, table, model=None, device='cpu'):
+    def __init__(self,
+        path:str|Path, # Folder or address of the gallery
+        table, # Its LanceDB table
+        model:str|Path|None=None, # Model with which it was made, to embed images; None: the model named in the table
+        device:str='cpu' # Device of the model
+    ):
         store_attr()
         meta = (table.schema.metadata or {}).get(_key)
         try: self.meta = json.loads(meta)
@@ -60,7 +65,7 @@ class Gallery:
 def _check_model(self:Gallery, file):
     "Raise `ValueError` unless `file` is the model of the gallery"
     if self.model is None and not os.path.isfile(file):
-        raise ValueError(f'{brief(self.path, 80)} was made by the model {brief(file, 100)}, which is gone. Name its new place (`--model`, or `model` in Python).')
+        raise ValueError(f'{brief(self.path, 80)} was made by the model {brief(file, 100)}, which no longer exists. Give its new path (`--model`, or `model` in Python).')
     if (found := checksum(read_bytes(file)))!=self.meta['model']:
         raise ValueError(f'{brief(self.path, 80)} was made by another model than {brief(file, 80)} (SHA-256 {self.meta["model"][:8]}…, not {found[:8]}…). Use that model, or make a new gallery.')
 

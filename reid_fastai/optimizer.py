@@ -36,7 +36,9 @@ class FusedAdam(OptimWrapper):
 
 # %% ../nbs/15a_optimizer.ipynb #438903bb
 @patch
-def step(self:FusedAdam, closure=None):
+def step(self:FusedAdam,
+    closure=None # Must be None
+):
     "Update the parameters that have a gradient"
     if closure is not None: raise NotImplementedError('FusedAdam accepts no closure, like fastai\'s optimizers. Call `step()` without arguments.')
     for g in self.opt.param_groups:

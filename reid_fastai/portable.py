@@ -161,7 +161,7 @@ def check_export(
     check_writable(path)
     if path.exists():
         try: read_portable(path)
-        except ValueError as e: raise ValueError(f'{brief(path, 120)} exists already, and is not replaced, as it is no intact file of reid-export. Delete it, or name another file.') from e
+        except ValueError as e: raise ValueError(f'{brief(path, 120)} exists already, and is not replaced, as it is not an intact file of reid-export. Delete it, or name another file.') from e
 
 # %% ../nbs/17a_portable.ipynb #2cae831e
 def _to_int8(model, batches):

@@ -65,7 +65,7 @@ def _check_same(out, wanted):
     found,plain = {**_added, **read_json(out/'config.json')},json.loads(json.dumps(wanted))
     if diff := [k for k in plain if k!='versions' and found.get(k)!=plain[k]]:
         k = diff[0]
-        raise ValueError(f'{out} was begun with {k}={found.get(k)!r}, and is now to go on with {plain[k]!r}. Take another folder for another run.')
+        raise ValueError(f'{out} was begun with {k}={found.get(k)!r}, but this call has {plain[k]!r}. Take another folder for another run.')
     if found['versions']!=plain['versions']: warnings.warn(f'{out} was begun with {found["versions"]}, and goes on with {plain["versions"]}: the figures may differ in their last digits.')
 
 # %% ../nbs/19_runs.ipynb #60ba57c5

@@ -262,7 +262,7 @@ BAD = {
     'another model':       ('reid-embed other.safetensors photo.jpg --out people --append', 'another model'),
     'another model, search': ('reid-search people photo.jpg --model other.safetensors', 'another model'),
     'another size':        ('reid-embed large.safetensors photo.jpg --out people --append', 'another model'),
-    'model gone':          ('reid-search orphan photo.jpg --k 1', 'which is gone'),
+    'model gone':          ('reid-search orphan photo.jpg --k 1', 'which no longer exists'),
     'corrupt table':       ('reid-search corrupt photo.jpg', 'corrupt'),
     'damaged vectors':     ('reid-search flipped photo.jpg', 'do not match their checksums'),
     'empty folder':        ('reid-embed run empty --out new', 'holds no images'),

@@ -180,4 +180,4 @@ def test_runs_of_earlier_versions_go_on(tmp_path):
     wanted = dict(vars(RunConfig()), versions=_versions())
     (tmp_path/'config.json').write_text(json.dumps({k: v for k,v in wanted.items() if k not in ('precision','compile')}))
     _check_same(tmp_path, wanted)
-    with pytest.raises(ValueError, match="precision=None, and is now to go on with 'bf16'"): _check_same(tmp_path, dict(wanted, precision='bf16'))
+    with pytest.raises(ValueError, match="precision=None, but this call has 'bf16'"): _check_same(tmp_path, dict(wanted, precision='bf16'))
