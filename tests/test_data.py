@@ -189,7 +189,7 @@ def test_bad_tables(tmp_path):
         with pytest.raises(ValueError, match=match): read_dataset(table)
     refused(df.drop(columns='pid'), "columns \\['pid'\\] are missing")
     refused(df.assign(pid=[None,*df.pid[1:]]), 'rows without `pid`: 1, the first is row 0')
-    refused(df.assign(camid=[None]+[1]*(len(df)-1)), 'no `camid`.*leave the column out')
+    refused(df.assign(camid=[None]+[1]*(len(df)-1)), 'without `camid`.*leave the column out')
     refused(df.assign(camid=-1), 'camera -1')
     refused(df.assign(path=['gone.jpg',*df.path[1:]]), '1 of 19 images do not exist, such as .*gone.jpg')
     refused(pd.concat([df, df[:1]]), 'is listed twice in split')
@@ -887,7 +887,7 @@ def test_messages_stay_short_whatever_they_quote():
     again = df[:1].assign(path='./'+df.path[0])
     for bad,word in ((df.assign(pid=[long(o) for o in 'uuvwws']), 'no query'), (df.assign(camid='x'), 'camera 1'), (pd.concat([df, again]), 'listed twice'), (pd.concat([df, again.assign(pid='b')]), '2 identities'),
                      (pd.concat([df, again.assign(split='gallery')]), 'in a test split'), (df.assign(split=long('s')), 'split'), (df.rename(columns=dict(pid=long('p'))), 'missing'), (df[df.split!='query'], 'no images'),
-                     (df.assign(pid='9'*300), 'digits'), (df.assign(camid=[None]*6), 'have no'), (df.assign(camid=-2**60), 'camera -1152921504606846976'), (df.assign(camid=-5), 'camera -5')): says(lambda: f(bad), word)
+                     (df.assign(pid='9'*300), 'digits'), (df.assign(camid=[None]*6), 'rows without'), (df.assign(camid=-2**60), 'camera -1152921504606846976'), (df.assign(camid=-5), 'camera -5')): says(lambda: f(bad), word)
 
 def test_brief():
     from reid_fastai.core import brief
