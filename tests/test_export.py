@@ -251,7 +251,7 @@ def test_evaluation_of_exported_networks(model, data, tmp_path):
     assert abs(reid_eval(tmp_path/'b.onnx', data, quiet=True).mAP-want.mAP)<.1
 
 @pytest.mark.parametrize('args,words', [(['{m}', '--format', 'tflite'], "format='tflite'"), (['{m}', '--pixels', 'bgr'], "pixels='bgr'"), (['{m}', '--format', 'pt2', '--int8'], '8 bits are only for ONNX'),
-    (['{m}', '--out', '{d}/a.pt2'], 'is to end in .onnx'), (['{m}', '--out', '{m}'], 'is to end in .onnx'), (['{m}', '--out', '{d}/link.onnx'], 'not an intact file'), (['{m}', '--out', '{d}/mine.onnx'], 'no intact file'),
+    (['{m}', '--out', '{d}/a.pt2'], 'is to end in .onnx'), (['{m}', '--out', '{m}'], 'is to end in .onnx'), (['{m}', '--out', '{d}/link.onnx'], 'not an intact file'), (['{m}', '--out', '{d}/mine.onnx'], 'not an intact file'),
     (['{m}', '--out', '{d}/folder.onnx'], 'is a folder'), (['{m}', '--out', '{d}/mine.onnx/a.onnx'], 'cannot be written'), (['{d}/damaged.safetensors'], 'damaged'), (['{d}/no.safetensors'], 'no such file'), (['{d}'], 'no such file'),
     (['{d}/x.onnx'], 'exported network already'), (['{m}', '--int8', '--out', '{d}/a.onnx'], '--data DATA'), (['{m}', '--data', '{d}/none', '--out', '{d}/a.onnx'], 'does not exist'), (['{m}', '--what'], '--help'), ([], 'run')])
 def test_bad_input(args, words, shell, model, tmp_path):
