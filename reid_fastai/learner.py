@@ -37,7 +37,10 @@ class ReIDLearner(Learner):
     def __call__(self, event_name):
         with plain_errors(): return super().__call__(event_name)  # also if our error is raised inside a callback of fastai
 
-    def validation_context(self, cbs=None, inner=False):
+    def validation_context(self,
+        cbs=None, # Additional callbacks
+        inner:bool=False # Whether a fit is already running
+    ):
         "As in fastai, after the checks; a check that fails inside would leave the context open"
         for cb in [] if inner else self.cbs: getattr(cb, '_check_fit', noop)([*self.cbs, *L(cbs)])
         return super().validation_context(cbs, inner)
