@@ -7,7 +7,6 @@ A row is added to FILE.csv after each training. Trainings that have a row are no
 """
 import argparse, sys, time
 from functools import partial
-from pathlib import Path
 
 import pandas as pd
 import torch

@@ -166,7 +166,7 @@ def but(self:RunConfig,
     own = dict(strength=None) if changes.get('l2', self.l2)!=self.l2 else {}
     return RunConfig(**{**vars(self), **own, **changes})
 
-#: Regulariser -> its option for the strength; `strength` for all others
+# Regulariser -> its option for the strength; `strength` for all others
 _strength_of = dict(conventional='factor', adaptive='amplitude', lamb='lr')
 
 @patch

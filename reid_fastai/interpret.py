@@ -66,26 +66,26 @@ def plot_ranked(
     camid_names:dict|None=None # Names of cameras, such as `ReIDSplits.camid_names`
 ) -> np.ndarray: # (queries, k+1) axes
     "Plot queries and their nearest gallery images: matches with ✓ and a green frame, others with ✗ and a red frame"
-    if n<1: raise ValueError(f'n={n}: needed at least one query.')
+    if n<1: raise ValueError(f'n={n}: at least one query is needed.')
     has,k = res.n_matches.nonzero()[0],min(k, len(res.g_pids))
     queries = np.array(ifnone(queries, has[np.linspace(0, len(has)-1, min(n, len(has))).astype(int)]), ndmin=1)
     if len(bad := queries[(queries<0)|(queries>=len(res))]):
         raise ValueError(f'queries={bad.tolist()}: there are {len(res)} queries, counted from 0.')
     q_img,g_img = _getter(q_imgs, len(res), 'q_imgs'),_getter(g_imgs, len(res.g_pids), 'g_imgs')
     (idxs,dists),ap = res.topk(k, queries),res.ap
-    def who(pids, camids, i): return _who(pids[i], camids[i], pid_names, camid_names)
+    who = partial(_who, pid_names=pid_names, camid_names=camid_names)
     above,below,high = .5,.2,2.05*size  # inches: title, AP and image of a row
     width,height = (k+1)*size,len(queries)*(above+high+below)
     places = dict(left=.04/width, right=1-.04/width, top=1-above/height, bottom=below/height, wspace=.06, hspace=(above+below)/high)  # a layout engine takes seconds
     fig,axs = plt.subplots(len(queries), k+1, figsize=(width, height), squeeze=False, gridspec_kw=places)
     for ax,q,idx,dist in zip(axs, queries, idxs.tolist(), dists.tolist()):
-        _frame(ax[0], q_img(q), f'query {q}\n{who(res.q_pids, res.q_camids, q)}')
+        _frame(ax[0], q_img(q), f'query {q}\n{who(res.q_pids[q], res.q_camids[q])}')
         ax[0].set_xlabel(f'AP {100*ap[q]:.0f} %' if res.n_matches[q] else 'no match', fontsize=8, labelpad=2)
         for a,i,d in zip(ax[1:], idx, dist):
             if i<0: a.axis('off')
             else:
                 mark,color = ('✓',_right) if res.is_match(q, i) else ('✗',_wrong)
-                _frame(a, g_img(i), f'{mark} {d:.3f}\n{who(res.g_pids, res.g_camids, i)}', color)
+                _frame(a, g_img(i), f'{mark} {d:.3f}\n{who(res.g_pids[i], res.g_camids[i])}', color)
     return axs
 
 # %% ../nbs/17_interpret.ipynb #2a2f9a11
@@ -98,8 +98,7 @@ def plot_worst(
     **kwargs
 ) -> np.ndarray: # (n, k+1) axes
     "Plot the ranked lists of the queries with the lowest average precision"
-    if n<1: raise ValueError(f'n={n}: needed at least one query.')
-    return plot_ranked(res, q_imgs, g_imgs, np.argsort(res.ap, kind='stable')[:min(n, len(res)-res.n_skipped)], **kwargs) # NaN comes last
+    return plot_ranked(res, q_imgs, g_imgs, np.argsort(res.ap, kind='stable')[:min(n, len(res)-res.n_skipped)], n=n, **kwargs) # NaN comes last
 
 # %% ../nbs/17_interpret.ipynb #9dd97dad
 def plot_cmc(
