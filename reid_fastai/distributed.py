@@ -74,8 +74,11 @@ def together():
     if own: _join()
     ranks.rank,ranks.n = dist.get_rank(),dist.get_world_size()
     try: yield
+    except LostProcess:
+        if own and not torch.cuda.is_available(): dist.destroy_process_group()  # otherwise threads of gloo can abort the process when it ends; NCCL could wait
+        raise
     finally: ranks.rank,ranks.n = 0,1
-    if own: dist.destroy_process_group()  # not after an error: it would wait for processes that have ended
+    if own: dist.destroy_process_group()  # not after other errors: it would wait for processes that have ended
 
 # %% ../nbs/00a_distributed.ipynb #61bf0f05
 def told(
