@@ -103,8 +103,8 @@ def run_summary(
     cols = [('%', res)]+([('re-ranked, %', res['reranked'])] if 'reranked' in res else [])
     total = cfg['frozen_epochs']+cfg['epochs']
     chosen = (f'Epoch {res["epoch"]} of {total} was chosen by mAP on {100*cfg["val_pids"]:g} % of the training identities, which were held out; the test set was looked at once, '
-              'with that epoch.' if cfg['val_pids'] else f'Measured after the last of {total} epochs; no epoch was selected by test results.')
-    lines = [f'# {cfg["dataset"]["name"]}, {cfg["arch"]}, {cfg["l2"]} L2', '', *(o for note in cfg['dataset']['notes'] for o in (note, '')),
+              'with that epoch.' if cfg['val_pids'] else f'Measured after epoch {total} of {total}; no epoch was selected by test results.')
+    lines = [f'# {cfg["dataset"]["name"]}, {cfg["arch"]}, regulariser: {cfg["l2"]}', '', *(o for note in cfg['dataset']['notes'] for o in (note, '')),
              f'| metric | {" | ".join(k for k,_ in cols)} |', f'|---|{"---|"*len(cols)}',
              *(f'| {k} | {" | ".join(f"{o[k]:.2f}" for _,o in cols)} |' for k in metrics), '',
              f'{res["queries"]} {"query" if res["queries"]==1 else "queries"} ({res["skipped"]} without a match, skipped), {res["gallery"]} gallery images, cosine distance, '

@@ -88,7 +88,7 @@ def test_a_run_passes_through_every_phase(splits, tmp_path):
     frozen = lam[(lam.epoch==1) & lam.name.str.startswith('trunk')]
     assert len(frozen) and (frozen.theta==0).all() and (lam[(lam.epoch==3) & lam.name.isin(frozen.name)].theta<0).any()
     cfg = json.loads((out/'config.json').read_text())
-    assert 'Measured after the last of 3 epochs' in (out/'summary.md').read_text() and cfg['recipe']=='paper'
+    assert 'Measured after epoch 3 of 3' in (out/'summary.md').read_text() and cfg['recipe']=='paper'
 
 small_args = {**paper_args, 'arch': 'resnet10t'}
 
