@@ -104,7 +104,7 @@ def reid_search(
     model:str=None, # Model of the gallery, if it has been moved
     device:str=None, # Device to compute on, such as 'cpu' or 'cuda:1'; default: the GPU if there is one
     quiet:bool=False # Print only warnings and errors
-): # `SearchResults`
+) -> SearchResults: # Found images
     "Find the gallery images nearest to photos"
     check_int('k', k, 1)
     check_share('far', far, 'pairs')

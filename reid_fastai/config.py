@@ -106,7 +106,7 @@ def _check(self:RunConfig):
     for k,(lo,hi) in {**_bounds, 'regions': (0, self.size[0]//8)}.items():
         v = getattr(self, k)
         if v is not None and (isinstance(v, bool) or not isinstance(v, int) or not lo<=v<=hi):
-            why = f', as an image of {self.size[0]} px has at most so many strips' if k=='regions' else ''
+            why = f': an image of {self.size[0]} px can be cut into at most {hi} strips' if k=='regions' else ''
             raise ValueError(f'{k}={v}: a whole number from {lo} to {hi:,} is needed{why}.')
     if not (isinstance(self.lr, (int,float)) and 0<self.lr<=_largest_lr): raise ValueError(f'lr={self.lr}: a positive, finite number is needed, at most {_largest_lr:,}.')
     check_share('val_pids', self.val_pids)

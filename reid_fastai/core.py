@@ -42,7 +42,7 @@ def check_int(
 ) -> int: # The value as a Python integer
     "Raise `ValueError` unless `value` is a whole number from `low` to `high`"
     if isinstance(value, bool) or not isinstance(value, Integral) or not low<=value<=high:
-        raise ValueError(f'{name}={brief(value, 40)}: it must be a whole number from {low} to {high}.')
+        raise ValueError(f'{name}={brief(value, 40)}: it must be a whole number{f" from {low} to {high}" if high<2**63-1 else f", at least {low}"}.')
     return int(value)
 
 # %% ../nbs/00_core.ipynb #a02c9bb4
@@ -141,7 +141,7 @@ class ReIDSplits:
         for pid,text in self.pid_names.items():
             if m := re.fullmatch(r'-?0*([01])(\.0*)?', text):
                 if m[1]=='1' and text[0]!='-': continue
-                yield (f'Identity {text!r} is a name here, not {"junk" if m[1]=="1" else "a distractor"}: its {(self.df.pid==pid).sum()} images count as images of a person. '
+                yield (f'Identity {text!r} is a name here, not {"junk" if m[1]=="1" else "a distractor"}: images counted as images of a person: {(self.df.pid==pid).sum()}. '
                        f'To mark {"junk" if m[1]=="1" else "distractors"}, write all identities as whole numbers.')
         test = self.df[(self.df.split!='train') & (self.df.pid>DISTRACTOR_PID)]
         if both := len(set(self.train.pid) & set(test.pid)): yield f'{both} identities are in training and in testing: the model is tested on people that it was trained on.'

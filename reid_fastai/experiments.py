@@ -72,12 +72,12 @@ def tune(
 
 # %% ../nbs/20_experiments.ipynb #383a3437
 def _check_grids(arms, grids, seeds):
-    if odd := [a for a in arms if a not in ALL_ARMS]: raise ValueError(f'arms={odd}: there are {list(ALL_ARMS)}.')
+    if odd := [a for a in arms if a not in ALL_ARMS]: raise ValueError(f'arms={odd}: choose from {list(ALL_ARMS)}.')
     if not arms or len(set(arms))<len(arms): raise ValueError(f'arms={list(arms)}: give each arm once.')
     if 'annealed' in arms and 'adaptive' not in arms: raise ValueError("The arm 'annealed' follows the λ of 'adaptive'; add that arm.")
     if not 0<seeds<=1000: raise ValueError(f'seeds={seeds}: a whole number from 1 to 1,000 is needed.')
     if len({len(v) for v in grids.values()})>1:
-        raise ValueError(f'Different numbers of strengths, {({k: list(v) for k,v in grids.items()})}: the comparison is fair if each regulariser has as many attempts.')
+        raise ValueError(f'Different numbers of strengths, {({k: list(v) for k,v in grids.items()})}: give every regulariser the same number of strengths, so that the comparison is fair.')
     for k,v in grids.items():
         if len(set(v))!=len(v) or len(v)==2: raise ValueError(f'{k}: {list(v)}; give one strength, which is then taken as it is, or at least three different ones.')
 

@@ -278,5 +278,5 @@ def _check_index(self:Gallery):
 def threshold(self:Gallery,
     far:float=1e-3 # False accept rate: share of the image pairs of different people that count as the same person
 ) -> float: # Distance; `SearchResults.same` takes it
-    "Threshold that `reid-eval --verify` has measured for the gallery's model"
+    "Threshold for pairs that `reid-eval --verify` has measured for the gallery's model"
     return read_threshold(self.model_file, self.meta['model'], self.metric, far)

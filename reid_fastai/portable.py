@@ -156,7 +156,7 @@ def check_export(
         if v not in ok: raise ValueError(f'{k}={brief(v, 40)!r}: it must be one of {", ".join(ok)}.')
     if int8 and format!='onnx': raise ValueError(f"int8 with format={format!r}: 8 bits are only for ONNX. Use format='onnx', or leave int8 out.")
     path,suffix = Path(path),SUFFIXES[format]
-    if path.suffix!=suffix: raise ValueError(f'{brief(path, 120)}: a file of format {format} is to end in {suffix}. Name it {brief(path.stem, 60)}{suffix}, or give another format.')
+    if path.suffix!=suffix: raise ValueError(f'{brief(path, 120)}: a file of format {format} must end in {suffix}. Name it {brief(path.stem, 60)}{suffix}, or give another format.')
     if format=='onnx': L('onnx','onnxruntime').map(_need)
     check_writable(path)
     if path.exists():
@@ -199,12 +199,12 @@ def export_net(
     with _exporting(f'{m.net.arch} cannot be exported as {format}', 'Try another format.'), torch.no_grad():
         data = _to_onnx(m, x) if format=='onnx' else dict(torchscript=_to_torchscript, pt2=_to_pt2)[format](m, x, meta)
         diff,cos = _difference(_runner(data, format), m, images)
-    if not diff<=_tol: raise ValueError(f'{path} is not written: embeddings of {m.net.arch} as {format} differ from those of PyTorch by {diff:.2g}, and {_tol:g} are allowed. Try another format.')
+    if not diff<=_tol: raise ValueError(f'{path} is not written: embeddings of {m.net.arch} as {format} differ from those of PyTorch by {diff:.2g}; at most {_tol:g} is allowed. Try another format.')
     if int8:
         with _exporting(f'{m.net.arch} cannot be given 8 bits', 'Leave int8 out.'):
             data = _to_int8(data, [to_pixels(o, pixels) for o in images.split(16)])
             diff,cos = _difference(_runner(data, format), m, images)
-        if not cos>=.9: raise ValueError(f'{path} is not written: with 8 bits, the cosine between embeddings of {m.net.arch} and those of PyTorch is {cos:.2f}, and 0.9 are needed. Leave int8 out.')
+        if not cos>=.9: raise ValueError(f'{path} is not written: with 8 bits, the cosine between embeddings of {m.net.arch} and those of PyTorch is {cos:.2f}; at least 0.9 is needed. Leave int8 out.')
     atomic_write(path, _sealed(data, meta) if format=='onnx' else data)
     return dict(meta, difference=diff, cosine=cos)
 

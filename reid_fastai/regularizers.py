@@ -100,20 +100,21 @@ _largest = 1_000_000  # useful strengths are below 10
 
 def check_strength(
     what:str, # Name of the argument, for the message
-    value:float|dict, # A number, or a dict of numbers by kind
-    lowest:str # Lower bound, '> 0' or '≥ 0'
+    value:float|dict, # A number or, if allowed, a dict of numbers by kind
+    lowest:str, # Lower bound, '> 0' or '≥ 0'
+    by_kind:bool=False # Whether a dict is allowed
 ):
     "Raise `ValueError` if `value` is not a valid amplitude or factor"
-    by_kind = isinstance(value, dict)
-    if by_kind and (odd := set(value)-set(KINDS)): raise ValueError(f'{what}: {sorted(odd)} are not kinds of parameter arrays; kinds are {list(KINDS)}.')
-    for v in value.values() if by_kind else [value]:
+    given = by_kind and isinstance(value, dict)
+    if given and (odd := set(value)-set(KINDS)): raise ValueError(f'{what}: {sorted(odd)} are not kinds of parameter arrays; kinds are {list(KINDS)}.')
+    for v in value.values() if given else [value]:
         if not isinstance(v, Real) or isinstance(v, bool) or not math.isfinite(v) or v<0 or (v==0 and lowest=='> 0'):
-            raise ValueError(f'{what}: got {v!r}, needed a finite number {lowest}{"" if by_kind else " (or a dict of such numbers by kind)"}.')
+            raise ValueError(f'{what}: got {v!r}, needed a finite number {lowest}{" (or a dict of such numbers by kind)" if by_kind and not given else ""}.')
         if v>_largest: raise ValueError(f'{what}: got {v!r}, the largest allowed value is {_largest:,}.')
 
 def _per_array(what, value, kinds, lowest):
     "`value` checked and repeated for each of `kinds` → (N,) float32"
-    check_strength(what, value, lowest)
+    check_strength(what, value, lowest, by_kind=True)
     if not isinstance(value, dict): return torch.full((len(kinds),), float(value))
     if missing := set(kinds)-set(value):
         raise ValueError(f'{what}: given for {sorted(value)}, but the model also has {sorted(missing)}. Add these kinds, or exclude them with `exclude`.')

@@ -210,7 +210,11 @@ def _fit(out, learn, cfg):
         if not ranks.rank: print(learn.dls.train.sampler, flush=True)
     fit_run(learn, cfg, learn.checkpoint.load())
 
-def fit_run(learn, cfg, start_epoch):
+def fit_run(
+    learn:Learner, # Learner of `make_learner`
+    cfg:RunConfig, # Options
+    start_epoch:int # Number of completed epochs
+):
     "Train the epochs of `cfg` from `start_epoch` on"
     if start_epoch>=cfg.frozen_epochs+cfg.epochs: return
     with learn.distrib_ctx():

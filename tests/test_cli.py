@@ -61,7 +61,7 @@ def test_other_regularisers(kw, data, tmp_path):
     (['/no/such/folder'], 'does not exist'), (['--arch', 'resnet5o'], "'resnet50"), (['--amplitude', '0'], 'amplitude: got 0.0'),
     (['--amplitude', 'nan'], 'amplitude: got nan'), (['--size', 'big'], 'such as 256x128'), (['--epochs', '0'], 'epochs=0'), (['--l2', 'lasso'], "'lasso'"),
     (['--pretrained', '/no/such.safetensors'], 'there is no such file'), (['--seed', '-1'], 'seed=-1'),
-    (['--size', '64x32', '--regions', '9'], 'at most so many strips'),
+    (['--size', '64x32', '--regions', '9'], 'can be cut into at most 8 strips'),
     (['--arch', 'resnet10t', '--pretrained', 'none', '--size', '64x32', '--n-pids', '4', '--regions', '8'], 'cut into 8 strips')])
 def test_bad_input_exits_with_2(args, words, tmp_path, shell):
     res = shell('reid-train', '--out', tmp_path/'run', *args)

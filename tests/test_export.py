@@ -176,7 +176,7 @@ def test_int8(net, images, tmp_path, monkeypatch):
     got = torch.from_numpy(bare(tmp_path/'True.onnx', images.numpy()))
     assert torch.cosine_similarity(got, torch.from_numpy(oracle(net, images))).min()>.9
     monkeypatch.setattr(portable, '_cosine', lambda a, b: .89)
-    with pytest.raises(ValueError, match='cosine .* is 0.89, and 0.9 are needed'): export_net(net, tmp_path/'c.onnx', images, int8=True)
+    with pytest.raises(ValueError, match='cosine .* is 0.89; at least 0.9 is needed'): export_net(net, tmp_path/'c.onnx', images, int8=True)
     assert not (tmp_path/'c.onnx').exists()
 
 @pytest.mark.parametrize('fmt', SUFFIXES)
@@ -251,7 +251,7 @@ def test_evaluation_of_exported_networks(model, data, tmp_path):
     assert abs(reid_eval(tmp_path/'b.onnx', data, quiet=True).mAP-want.mAP)<.1
 
 @pytest.mark.parametrize('args,words', [(['{m}', '--format', 'tflite'], "format='tflite'"), (['{m}', '--pixels', 'bgr'], "pixels='bgr'"), (['{m}', '--format', 'pt2', '--int8'], '8 bits are only for ONNX'),
-    (['{m}', '--out', '{d}/a.pt2'], 'is to end in .onnx'), (['{m}', '--out', '{m}'], 'is to end in .onnx'), (['{m}', '--out', '{d}/link.onnx'], 'not an intact file'), (['{m}', '--out', '{d}/mine.onnx'], 'not an intact file'),
+    (['{m}', '--out', '{d}/a.pt2'], 'must end in .onnx'), (['{m}', '--out', '{m}'], 'must end in .onnx'), (['{m}', '--out', '{d}/link.onnx'], 'not an intact file'), (['{m}', '--out', '{d}/mine.onnx'], 'not an intact file'),
     (['{m}', '--out', '{d}/folder.onnx'], 'is a folder'), (['{m}', '--out', '{d}/mine.onnx/a.onnx'], 'cannot be written'), (['{d}/damaged.safetensors'], 'damaged'), (['{d}/no.safetensors'], 'no such file'), (['{d}'], 'no such file'),
     (['{d}/x.onnx'], 'exported network already'), (['{m}', '--int8', '--out', '{d}/a.onnx'], '--data DATA'), (['{m}', '--data', '{d}/none', '--out', '{d}/a.onnx'], 'does not exist'), (['{m}', '--what'], '--help'), ([], 'run')])
 def test_bad_input(args, words, shell, model, tmp_path):

@@ -28,7 +28,7 @@ def _fingerprint(splits):
     return f'{splits.name}, {len(df)} images, table {hashlib.sha256(rows.tobytes()).hexdigest()[:12]}'
 
 def check_same_data(
-    splits # `ReIDSplits` that this process has read
+    splits:'ReIDSplits' # Dataset that this process has read
 ):
     "Raise `ValueError` unless all processes have the same dataset"
     if ranks.n>1: check_same('The dataset', _fingerprint(splits))

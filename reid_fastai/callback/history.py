@@ -62,7 +62,7 @@ def plot_lambda_hist(
     sep = ' ' if len(kinds)>1 else '\n'  # one panel is narrow
     lowest = history.lam[history.epoch==n].min()
     if a and not isinstance(amplitude, dict):
-        fig.suptitle(f'Histogram of λ at each epoch{sep}(A = {a:g}; dotted: A/2, the start; lowest at the end: {200*lowest/a:.0f} % of it)', fontsize='medium')
+        fig.suptitle(f'Histogram of λ at each epoch{sep}(A = {a:g}; dotted: A/2, the start; lowest at the end: {200*lowest/a:.0f} % of A/2)', fontsize='medium')
     return axs
 
 # %% ../../nbs/13_callback.history.ipynb #0bc727d8
@@ -148,26 +148,26 @@ def l2_callback(
 
 @patch
 @delegates(plot_lambda_hist, but=['history','amplitude'])
-def plot_lambda_hist(self:Learner, **kwargs):
+def plot_lambda_hist(self:Learner, **kwargs) -> np.ndarray: # Array of axes, one per kind
     "Plot a histogram of λ for each epoch so far, one panel per kind of array"
     cb = l2_callback(self)
     return plot_lambda_hist(cb.history, getattr(cb, 'kwargs', {}).get('amplitude'), **kwargs)
 
 @patch
 @delegates(plot_lambdas, but=['history','amplitude'])
-def plot_lambdas(self:Learner, **kwargs):
+def plot_lambdas(self:Learner, **kwargs) -> plt.Axes: # The axis
     "Plot λ of each array as an image: epochs on the x axis, arrays on the y axis, grouped by kind"
     cb = l2_callback(self)
     return plot_lambdas(cb.history, getattr(cb, 'kwargs', {}).get('amplitude'), **kwargs)
 
 @patch
 @delegates(plot_angle_hist, but=['history'])
-def plot_angle_hist(self:Learner, **kwargs):
+def plot_angle_hist(self:Learner, **kwargs) -> plt.Axes: # The axis
     "Plot a histogram of the angles per step for each epoch so far"
     return plot_angle_hist(l2_callback(self).history, **kwargs)
 
 @patch
 @delegates(plot_angles, but=['history'])
-def plot_angles(self:Learner, **kwargs):
+def plot_angles(self:Learner, **kwargs) -> plt.Axes: # The axis
     "Plot the angle per step of each array against the epoch"
     return plot_angles(l2_callback(self).history, **kwargs)

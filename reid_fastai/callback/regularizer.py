@@ -128,7 +128,7 @@ class AdaptiveL2(L2Callback):
         amplitude:float|dict=5e-3, # A > 0, or a dict of A by kind; λ starts at A/2
         exclude:str|list=() # Kinds, or names with wildcards, of arrays to leave out
     ):
-        check_strength('amplitude', amplitude, '> 0')
+        check_strength('amplitude', amplitude, '> 0', by_kind=True)
         super().__init__(amplitude=amplitude, exclude=exclude)
 
     def _regularizer(self, model): return AdaptiveL2Regularizer(model, **self.kwargs)
@@ -141,18 +141,6 @@ class AdaptiveL2(L2Callback):
     def after_step(self):
         super().after_step()
         if self._still: self.regularizer.theta.data[self._still[0]] = self._still[1]
-
-# %% ../../nbs/12_callback.regularizer.ipynb #dc197440
-class ConventionalL2(L2Callback):
-    "Add `λ Σ ‖w_n‖²` to the loss, with constant λ"
-    def __init__(self,
-        factor:float|dict=2.5e-3, # λ ≥ 0, or a dict of λ by kind; PyTorch's coupled `weight_decay` is 2λ
-        exclude:str|list=() # Kinds, or names with wildcards, of arrays to leave out
-    ):
-        check_strength('factor', factor, '≥ 0')
-        super().__init__(factor=factor, exclude=exclude)
-
-    def _regularizer(self, model): return L2Regularizer(model, **self.kwargs)
 
 # %% ../../nbs/12_callback.regularizer.ipynb #e2851f7e
 class _ThetaLast:
@@ -193,6 +181,18 @@ def _without_wd(opt_func):
     if isinstance(opt_func, OptimWrapper): return opt_func
     f = opt_func if isinstance(opt_func, partial) else partial(opt_func)
     return partial(_undecayed, f.func, *f.args, **f.keywords)
+
+# %% ../../nbs/12_callback.regularizer.ipynb #dc197440
+class ConventionalL2(L2Callback):
+    "Add `λ Σ ‖w_n‖²` to the loss, with constant λ"
+    def __init__(self,
+        factor:float|dict=2.5e-3, # λ ≥ 0, or a dict of λ by kind; PyTorch's coupled `weight_decay` is 2λ
+        exclude:str|list=() # Kinds, or names with wildcards, of arrays to leave out
+    ):
+        check_strength('factor', factor, '≥ 0', by_kind=True)
+        super().__init__(factor=factor, exclude=exclude)
+
+    def _regularizer(self, model): return L2Regularizer(model, **self.kwargs)
 
 # %% ../../nbs/12_callback.regularizer.ipynb #1a12f80d
 class AnnealedL2(L2Callback):

@@ -74,7 +74,7 @@ def check_first_epochs(
     epochs:int # Total number of epochs
 ):
     "Raise `ValueError` unless at least one epoch has small images and the last epoch full-size ones"
-    if not (isinstance(first_epochs, int) and 0<first_epochs<epochs): raise ValueError(f'first_epochs={first_epochs}: of epochs={epochs} at least one has small images, and the last has full-size ones.')
+    if not (isinstance(first_epochs, int) and 0<first_epochs<epochs): raise ValueError(f'first_epochs={first_epochs}: with epochs={epochs} it must be {f"from 1 to {epochs-1}" if epochs>2 else 1}, so that the last epoch has full-size images.')
 
 @patch
 @delegates(Learner.fit_one_cycle)

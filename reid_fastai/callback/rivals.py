@@ -111,7 +111,7 @@ class CPR(DecayCallback):
 
 # %% ../../nbs/12b_callback.rivals.ipynb #2a855453
 class L2SPRegularizer(L2Regularizer):
-    "`Σ λ_n ‖w_n − w0_n‖²`"
+    "Penalty of the distance from initial values, `Σ λ_n ‖w_n − w0_n‖²`"
     def __init__(self,
         model:nn.Module, # Model whose arrays are penalised
         starts:dict, # w0 by array name; arrays without a w0 decay to 0

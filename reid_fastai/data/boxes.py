@@ -48,11 +48,11 @@ def check_box(
     size:tuple, # (width, height) of the image, px
     what:str # What to call the image in errors
 ) -> tuple: # The box in whole pixels
-    "Refuse a box that is not inside its image"
+    "Raise `ValueError` unless the box is inside its image"
     x1,y1,x2,y2 = (round(o) for o in box)
     w,h = size
     if not (-1<=x1<x2<=w+1 and -1<=y1<y2<=h+1 and x1<w and y1<h and x2>0 and y2>0):
-        raise ValueError(f'{what}: box {", ".join(f"{o:g}" for o in box)} is not inside the image of {w}×{h} px. x1 < x2 ≤ {w} and y1 < y2 ≤ {h} are needed, from 0 on.')
+        raise ValueError(f'{what}: box {", ".join(f"{o:g}" for o in box)} is not inside the image of {w}×{h} px. Needed: 0 ≤ x1 < x2 ≤ {w} and 0 ≤ y1 < y2 ≤ {h}.')
     return max(x1, 0),max(y1, 0),min(x2, w),min(y2, h)
 
 def _size(path):

@@ -14,14 +14,14 @@ def hold_out(
     splits:ReIDSplits, # Dataset whose training part is divided; its query and gallery parts are not used
     share:float, # Share of the training identities to hold out, in (0, 1)
     seed:int=42, # Seed of the random choice of identities, queries and distractors
-    distractors:float=0. # Share of each other identity's images, in [0, 1), that join the gallery as distractors and are not used for training
+    distractors:float=0. # Share of the images of each remaining training identity, in [0, 1), that join the gallery as distractors instead of being used for training
 ) -> ReIDSplits: # Held-out identities as `query` and `gallery`, all other identities as `train`
     "Hold out some training identities for evaluation, so that settings can be chosen without the test set"
     df = splits.train[lambda o: o.pid>DISTRACTOR_PID]
     n_cams = df.groupby('pid').camid.nunique()
     pids,n = n_cams.index[n_cams>1],round(share*len(n_cams))
     if not 0<n<=len(pids):
-        raise ValueError(f'{splits.name}: {share:g} of {len(n_cams)} training identities are {n}, and {len(pids)} were seen by two cameras or more, which a held-out one must be.')
+        raise ValueError(f'{splits.name}: share={share:g} of {len(n_cams)} training identities holds out {n}. It must hold out at least 1 and at most {len(pids)}, the number of identities seen by two or more cameras.')
     rng = np.random.default_rng(seed)
     held = df.pid.isin(rng.choice(pids, n, replace=False))
     shuffled = df[held].assign(camid=df.camid.clip(lower=-1)).iloc[rng.permutation(held.sum())]  # if cameras are unknown: one query per identity

@@ -155,6 +155,7 @@ def topk_keys(
 
 # %% ../../nbs/09_evaluation.distances.ipynb #0426c49c
 TopK = namedtuple('TopK', 'idxs dists')
+TopK.__doc__ = 'Row numbers and distances of the nearest gallery images, (n, k) each'
 
 @patch
 def topk(self:Distances,

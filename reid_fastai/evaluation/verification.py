@@ -183,7 +183,7 @@ def plot(self:Verification,
     if ax is None: ax = plt.subplots(figsize=(6,3), layout='constrained')[1]
     far = ifnone(far, max(1e-3, 1/self.n_nonmatch)) if self.n_nonmatch>1 else None
     other,own = self._upto[np.searchsorted(self._values, self._edges)],np.searchsorted(self.matches, self._edges, side='right')
-    for upto,c,name in ((other, 'tab:red', 'non-matching'), (own, 'tab:green', 'matching')):
+    for upto,c,name in ((other, 'tab:orange', 'non-matching'), (own, 'tab:blue', 'matching')):
         n = np.diff([0, *upto[1:]])  # a distance of 0, at the first edge, is in the first bin
         ax.stairs(100*n/n.sum(), self._edges, fill=True, alpha=.5, color=c, label=f'{n.sum():,} {name} pairs')
     if far is not None:

@@ -132,7 +132,7 @@ class BATNet(ReIDNet):
     def _regional_maps(self, x): return [self.regional_stage(x)]
 
 # %% ../../nbs/03f_models.batnet.ipynb #9104ad75
-#: Renaming of the names of the authors' code
+#: Translation of the parameter names of the authors' code
 batnet_renaming = [
     (r'^features\.part_predictor.*', ''),                                            # not used by their `forward`
     (r'^features\.conv\.conv', 'trunk.conv'), (r'^features\.inception1\.inception_', 'trunk.'), (r'^features\.inception[23]\.inception_', 'global_stage.'),

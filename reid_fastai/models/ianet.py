@@ -99,7 +99,7 @@ class NormHead(nn.Module):
         return self.classifier(emb.to(self.neck.weight.dtype))
 
 # %% ../../nbs/03e_models.ianet.ipynb #20551fbf
-#: Renaming of the names of the authors' code
+#: Translation of the parameter names of the authors' code
 ianet_renaming = [
     (r'^layer2\.4\.W1\.', 'trunk.interaction2.0.norm.'), (r'^layer2\.4\.W2\.', 'trunk.interaction2.1.norm.'),
     (r'^layer3\.6\.W1\.', 'trunk.interaction3.0.norm.'), (r'^layer3\.6\.W2\.', 'trunk.interaction3.1.norm.'),

@@ -250,7 +250,7 @@ def build_reid_net(
 # %% ../../nbs/03b_models.net.ipynb #2c098651
 def reid_splitter(
     model:nn.Module # `ReIDNet`, also inside `DistributedDataParallel`
-) -> list: # Two lists of parameters: backbone; region convolutions, necks and classifiers
+) -> list: # Two lists of parameters: backbone; region convolutions, and BatchNorms and classifiers of the heads
     "Splitter for `Learner`: `freeze` freezes the backbone and trains the new layers"
     m = unwrap(model)
     fixed = {id(h.get_parameter(n)) for h in m.heads for n in getattr(h, 'fixed', ())}  # parameters that a head keeps constant are not optimized

@@ -74,7 +74,7 @@ class RGAHead(ObjectiveHead):
         return emb if self.training else self.neck(emb.to(self.neck.weight.dtype))
 
 # %% ../../nbs/03d_models.rga.ipynb #4318cd28
-#: Renaming of the names of Microsoft's repository
+#: Translation of the parameter names of Microsoft's repository
 rga_renaming = [
     (r'^backbone\.rga_att4\.', 'global_stage.attention4.'), (r'^backbone\.layer4\.(\d)\.', r'global_stage.layer4_\1.'),
     (r'^backbone\.rga_att(\d)\.', r'trunk.attention\1.'), (r'^backbone\.layer(\d)\.(\d)\.', r'trunk.layer\1_\2.'), (r'^backbone\.', 'trunk.'),

