@@ -22,6 +22,7 @@ from .files import *
 from .gallery import *
 from .gallery import _remote
 from .runs import chosen_device
+from .search_results import *
 from .shell import *
 
 # %% ../nbs/21a_cli_search.ipynb #a123d900

@@ -211,7 +211,7 @@ def _fit(out, learn, cfg):
     fit_run(learn, cfg, learn.checkpoint.load())
 
 def fit_run(
-    learn:Learner, # Learner of `make_learner`
+    learn:ReIDLearner, # Learner of `make_learner`
     cfg:RunConfig, # Options
     start_epoch:int # Number of completed epochs
 ):
