@@ -91,7 +91,7 @@ def crop_boxes(
 def read_boxes(
     path:str|Path, # CSV file with columns `path`, `x1`, `y1`, `x2`, `y2` and, if known, `time`, `camid`, `pid`
     root:str|Path=None # Folder that paths are relative to; None: that of the file
-) -> dict: # Column → list of values, with whole paths
+) -> dict: # List of values by column name; paths include the folder
     "Read a table of boxes"
     if not os.path.isfile(path := Path(path)): read_bytes(path)  # says what is amiss
     df = _read_table(path)[0]
