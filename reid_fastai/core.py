@@ -42,7 +42,7 @@ def check_int(
 ) -> int: # The value as a Python integer
     "Raise `ValueError` unless `value` is a whole number from `low` to `high`"
     if isinstance(value, bool) or not isinstance(value, Integral) or not low<=value<=high:
-        raise ValueError(f'{name}={brief(value, 40)}: it must be a whole number{f" from {low} to {high}" if high<2**63-1 else f", at least {low}"}.')
+        raise ValueError(f'{name}={brief(value, 40)}: it must be a whole number from {low} {f"to {high}" if high<2**63-1 else "upwards"}.')
     return int(value)
 
 # %% ../nbs/00_core.ipynb #a02c9bb4
