@@ -25,6 +25,10 @@ def _imports(module):
         else: continue
         yield from (n.removeprefix('reid_fastai.') for n in names if n.startswith('reid_fastai.'))
 
+def test_every_notebook_has_a_number_of_its_own():
+    numbers = [nb.split('_')[0] for nb in order.values()]
+    assert len(set(numbers))==len(numbers) and all(re.fullmatch(r'\d\d[a-z]?', o) for o in numbers), [o for o in order.values() if numbers.count(o.split('_')[0])>1]
+
 @pytest.mark.parametrize('module', order)
 def test_imports_point_one_way(module):
     for o in _imports(module):
