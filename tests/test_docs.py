@@ -228,6 +228,15 @@ def test_every_parameter_is_described(site):
     rows = {p.name: re.findall(r'<tr[^>]*><td><p><code[^>]*><span class="pre">([^<]*)</span></code></p></td>(?:(?!</tr>).)*?<td>(?:<p></p>)?</td></tr>', p.read_text(encoding='utf-8').replace('\n', '')) for p in site.glob('*.html')}
     assert not {k: v for k,v in rows.items() if v}
 
+def test_every_result_is_described(site):
+    "The comment on a result is on the page of its module, whether the function states a type or not"
+    words = lambda text: re.sub(r'\W+', '', text)
+    for py in (root/'reid_fastai').rglob('*.py'):
+        code = py.read_text(encoding='utf-8')
+        if not (nb := re.search(r'File to edit: [./]*nbs/(.*)\.ipynb', code)): continue
+        page = words(bare((site/f'{nb[1]}.html').read_text(encoding='utf-8')))
+        for name,note in re.findall(r'^def ([a-z]\w*)\((?:[^()]|\([^()]*\))*?\n?\)(?: *-> *[^:#\n]+)?: # (.*)', code, re.M): assert words(note) in page, (py.name, name, note)
+
 def test_index_of_names(site):
     "Every public name is on the page, with a link to its entry and its purpose"
     page = (site/'api.html').read_text(encoding='utf-8')

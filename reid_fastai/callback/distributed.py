@@ -78,7 +78,7 @@ class TrainTogether(PlainErrors, Callback):
 def training_together(
     learn:Learner, # Learner with `ReIDDataLoaders`
     sync_bn:bool=True # Whether norms in training use the statistics of the whole batch
-): # Yields `learn`
+): # Context with `learn`
     "Context in which the started processes train `learn` together; no effect for a single process"
     with together(),ExitStack() as stack:
         if ranks.n==1 or hasattr(learn, 'train_together'): yield learn; return

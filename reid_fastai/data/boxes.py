@@ -78,7 +78,7 @@ def crop_boxes(
     images, # Paths, arrays or PIL images
     boxes, # For each image a box, or None for the whole of it
     draft:int=None # Pixels needed along each side of an image without a box; None: all
-): # Yields PIL images, RGB
+): # Iterator of PIL images, RGB
     "Open images and cut out their boxes; a file with several boxes in a row is decoded once"
     was,im = None,None
     for i,(o,box) in enumerate(zip(images, boxes)):
