@@ -18,8 +18,8 @@ from torch import nn
 from tqdm.std import tqdm
 
 # %% ../nbs/00_core.ipynb #7f377059
-JUNK_PID = -1       # ignored by the evaluation protocol
-DISTRACTOR_PID = 0  # always a wrong answer
+JUNK_PID = -1       # Identity number of junk images, which the protocol ignores
+DISTRACTOR_PID = 0  # Identity number of distractors, which are never a right answer
 
 # %% ../nbs/00_core.ipynb #c661c318
 import numpy as np

@@ -41,18 +41,18 @@ class ReIDLearner(Learner):
         cbs=None, # Additional callbacks
         inner:bool=False # Whether a fit is already running
     ):
-        "As in fastai, after the checks; a check that fails inside would leave the context open"
+        "fastai's `validation_context`, entered after the checks: an error inside it would not release the lock"
         for cb in [] if inner else self.cbs: getattr(cb, '_check_fit', noop)([*self.cbs, *L(cbs)])
         return super().validation_context(cbs, inner)
 
     def one_batch(self, i, b):
-        "As in fastai; autocast ends with the batch, even after an error"
+        "fastai's `one_batch`; autocast ends with the batch, even after an error"
         try: super().one_batch(i, b)
         finally:
             for cb in self.cbs.filter(risinstance(ReIDPrecision)): cb._end_batch()
 
     def to_bf16(self): "Train the network in bfloat16, also on a CPU"; return self.to_fp32().add_cb(ReIDPrecision('bf16'))
-    @delegates(GradScaler)
+    @delegates(GradScaler, but=['device','enabled'])
     def to_fp16(self, **kwargs): "Train the network in float16, also on a CPU"; return self.to_fp32().add_cb(ReIDPrecision('fp16', **kwargs))
 
 # %% ../nbs/16_learner.ipynb #c7c8b0d7

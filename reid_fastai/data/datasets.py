@@ -265,7 +265,7 @@ def read_csv(
     return res
 
 # %% ../../nbs/04_data.datasets.ipynb #1d511013
-layouts = L(Market1501, DukeMTMC, MSMT17, CUHK03, own_folders)  # layouts that `detect_layout` tries
+layouts = L(Market1501, DukeMTMC, MSMT17, CUHK03, own_folders)  # Layouts that `detect_layout` tries
 
 def detect_layout(
     path:str|Path # Root of a dataset, or the folder that contains the root

@@ -66,7 +66,7 @@ def _labels(x, n, name):
 def _codes(q, g, name):
     "Labels as integers; integers are returned unchanged"
     if (text := q.dtype.kind=='U')!=(g.dtype.kind=='U'):
-        raise ValueError(f'{name}: {q.dtype} for queries, {g.dtype} for the gallery; both must be integers or both strings.')
+        raise ValueError(f'{name}: {"strings" if text else "integers"} for the queries, {"integers" if text else "strings"} for the gallery; both must be integers or both strings.')
     return (q,g) if not text else np.split(np.unique(np.concatenate([q,g]), return_inverse=True)[1]+1, [len(q)])
 
 # %% ../../nbs/10_evaluation.metrics.ipynb #8c5e91eb
