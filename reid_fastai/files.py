@@ -51,7 +51,7 @@ def _writing(path, n=0):
 def atomic_dir(
     path:str|Path # Folder to create; must not exist, or must be empty
 ) -> Path: # Temporary sibling folder to write to
-    "Create folder `path` completely or not at all"
+    "Context that creates folder `path` completely or not at all"
     path,tmp = Path(path),None
     try:
         with _writing(path):

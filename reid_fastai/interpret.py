@@ -8,9 +8,11 @@ __all__ = ['as_image', 'plot_ranked', 'plot_worst', 'plot_cmc', 'activation_maps
 # %% ../nbs/17_interpret.ipynb #109d60ec
 from itertools import cycle
 from pathlib import Path
+from typing import Callable
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from fastai.callback.hook import hook_output
 from fastcore.all import *
@@ -56,9 +58,9 @@ def _frame(ax, img, title, color='black'):
 
 def plot_ranked(
     res:RetrievalResults, # Results to draw
-    q_imgs, # Query images: sequence of paths or arrays, or a function of the index
-    g_imgs, # Gallery images, including junk
-    queries=None, # Indices of queries, one per row; None: `n` queries with a match, evenly spread
+    q_imgs:list|Callable, # Query images: sequence of paths or arrays, or a function of the index
+    g_imgs:list|Callable, # Gallery images, including junk
+    queries:list|None=None, # Indices of queries, one per row; None: `n` queries with a match, evenly spread
     k:int=10, # Number of images per ranked list; at most the size of the gallery
     size:float=.8, # Width of an image, inches
     n:int=4, # Number of queries, if `queries` is None
@@ -92,8 +94,8 @@ def plot_ranked(
 @delegates(plot_ranked, but=['queries'])
 def plot_worst(
     res:RetrievalResults, # Results to draw
-    q_imgs, # Query images: sequence of paths or arrays, or a function of the index
-    g_imgs, # Gallery images, including junk
+    q_imgs:list|Callable, # Query images: sequence of paths or arrays, or a function of the index
+    g_imgs:list|Callable, # Gallery images, including junk
     n:int=4, # Number of queries
     **kwargs
 ) -> np.ndarray: # (n, k+1) axes
@@ -102,9 +104,9 @@ def plot_worst(
 
 # %% ../nbs/17_interpret.ipynb #9dd97dad
 def plot_cmc(
-    res, # `RetrievalResults`, or a dict of several by name
+    res:RetrievalResults|dict, # One result, or several by name
     k:int=20, # Largest rank
-    ax=None # Axis to draw on; a new one if None
+    ax:plt.Axes|None=None # Axis to draw on; a new one if None
 ) -> plt.Axes: # The axis
     "Plot the share of queries with a match up to each rank"
     if ax is None: ax = plt.subplots(figsize=(4,3), layout='constrained')[1]
@@ -148,10 +150,10 @@ def activation_maps(
 
 @patch
 def plot_activations(self:ReIDLearner,
-    items=None, # Images, files or a table; None: queries, evenly spread
+    items:list|pd.DataFrame|None=None, # Images, files or a table; None: queries, evenly spread
     n:int=8, # Number of queries, if `items` is None
     size:float=.9, # Width of an image, inches
-    axs=None # (2, number of images) axes; a new figure if None
+    axs:np.ndarray|None=None # (2, number of images) axes; a new figure if None
 ) -> np.ndarray: # (2, number of images) axes
     "Plot images, and below each its activation map"
     if items is None:

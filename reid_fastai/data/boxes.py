@@ -65,7 +65,7 @@ def check_boxes(
     images, # Paths, arrays or PIL images
     boxes # For each image a box, or None for the whole of it
 ):
-    "Refuse boxes that are not inside their images, without decoding any"
+    "Raise `ValueError` unless all boxes are inside their images; decodes no image"
     was,size = None,None
     for i,(o,box) in enumerate(zip(images, boxes)):
         if box is None or not isinstance(o, (str,Path)): continue

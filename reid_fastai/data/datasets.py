@@ -44,7 +44,10 @@ class ReIDLayout:
     needs = ()  # folders and files that must exist below the root
     columns = 'path','pid','camid','split'  # columns of `_rows`
     exists = staticmethod(os.path.isdir)  # test for one of `needs`
-    def __init__(self, name, published): self.name,self._published = name,published or {}
+    def __init__(self,
+        name:str, # Name of the benchmark
+        published:dict|None=None # Published counts by version and split, in the form of `ReIDSplits.counts`
+    ): self.name,self._published = name,published or {}
     def _odd(self, root): "Why `root`, which contains all of `needs`, does not have this layout; None if it does"; raise NotImplementedError
     def _rows(self, root): "Yield one row of `columns` per image"; raise NotImplementedError
     def _missing(self, root): return [o for o in self.needs if not self.exists(root/o)]
@@ -73,9 +76,9 @@ def find(self:ReIDLayout,
     if len(hits)==1: return hits[0]
     if hits: raise ValueError(f'{brief(path)} contains {len(hits)} datasets of layout {self.name}: {_names(o.name for o in hits)}. Pass one of them.')
     best = min(cands, key=lambda o: len(self._missing(o)))
-    raise ValueError(f'{brief(best, 70)} is not {self.name}{_nor(cands)}: {brief(self.why_not(best), 70)}. Found there: {_listing(best)}.')
+    raise ValueError(f'{brief(best, 70)} does not have the layout of {self.name}: {brief(self.why_not(best), 70)}. Found there: {_listing(best)}.{_nor(cands)}')
 
-def _nor(cands): return f', nor are the {len(cands)-1} folders beside or below it' if len(cands)>1 else ''
+def _nor(cands): return f' Folders beside or below it without that layout: {len(cands)-1}.' if len(cands)>1 else ''
 
 # %% ../../nbs/04_data.datasets.ipynb #fe32bab8
 @patch

@@ -50,7 +50,7 @@ def open_image(
     o:str|Path|bytes|np.ndarray|Image.Image, # File, file contents, array (height, width, 3) of bytes, or PIL image
     draft:int|None=None # Pixels needed along each side, to decode large JPEGs at reduced size; None: full size
 ) -> Image.Image: # Decoded image in mode RGB
-    "Open an image and turn it upright"
+    "Open an image and rotate it as its EXIF orientation says"
     try:
         im = _source(o)
         if not all(im.size): raise TypeError(f'it has {im.size[0]}×{im.size[1]} pixels')
@@ -63,7 +63,7 @@ def open_image(
     except Exception as e:  # decoders raise errors of many types
         what = brief(o, 110) if isinstance(o, (str,Path)) else f'Input of type {type(o).__name__}'
         why = brief(getattr(e, 'strerror', None) or e or type(e).__name__, 110)
-        raise ValueError(f'{what} cannot be read as an image: {why}. Replace or remove it.') from e
+        raise ValueError(f'{what} cannot be read as an image: {why}.{"" if isinstance(e, TypeError) else " Replace or remove it."}') from e  # a `TypeError` says itself what to do
 
 # %% ../../nbs/07a_data.image.ipynb #f1532636
 def read_image(

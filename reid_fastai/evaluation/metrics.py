@@ -109,7 +109,7 @@ def _lookup(self:RetrievalResults):
     self.n_matches = count_matches(*(pd.DataFrame({k: v.cpu().numpy() for k,v in zip(('pid','camid'), o)}) for o in (self._q,self._g)))
     if not self.n_matches.any(): raise ValueError(
         f'No query has a match among {len(g_pids)} gallery images (without junk): no gallery image shows its identity from another camera. '
-        f'Queries have pids {_few(self.q_pids)} and camids {_few(self.q_camids)}; the gallery has {_few(self.g_pids)} and {_few(self.g_camids)}.')
+        f'Queries have pids {_few(self.q_pids)} and camids {_few(self.q_camids)}; the gallery has pids {_few(self.g_pids[self.g_idxs])} and camids {_few(self.g_camids[self.g_idxs])}.')
 
 def _few(x): return f"{', '.join(map(str, (u := np.unique(x))[:4]))}{', …' if len(u)>4 else ''}"
 
