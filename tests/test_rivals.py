@@ -9,6 +9,7 @@ from torch import nn
 
 from reid_fastai.callback.regularizer import *
 from reid_fastai.callback.rivals import *
+from reid_fastai.callback.rotation import RotationControl
 
 for o in [o for o in globals() if o.startswith('test')]: del globals()[o]
 
@@ -143,3 +144,10 @@ def test_frozen_and_skipped(make):
     a.freeze()
     fit(a)
     assert torch.equal(a.model[0].weight, before[0]) and not torch.equal(a.model[2].weight, before[2])
+
+@pytest.mark.parametrize('make', [RotationControl, DecoupledL2, CautiousL2, CPR, L2SP, AWD])
+def test_no_message_offers_what_is_refused(make):
+    "A strength by kind is for `AdaptiveL2` and `ConventionalL2` alone"
+    for odd in (dict(kernel=.1), 0):
+        with pytest.raises(ValueError, match='needed a finite number > 0') as e: make(odd)
+        assert 'by kind' not in str(e.value)
