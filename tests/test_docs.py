@@ -176,6 +176,21 @@ def test_every_page(browser, site, width, dark):
         shade = sum(map(int, re.findall(r'\d+', browser.js('getComputedStyle(document.body).backgroundColor'))[:3]))/3
         assert (shade<64 if dark else shade>192), page
 
+@needs_browser
+def test_phone(browser, site):
+    "Wide figures scroll and keep their size up to 640 px; wide tables scroll; messages are wrapped, and columns are not"
+    browser.see(390)
+    browser.open('tutorials/02_watching_lambda.html')
+    browser.js('document.querySelectorAll("img").forEach(i => i.loading="eager")')
+    browser.wait('[...document.images].every(i => i.naturalWidth)')
+    assert browser.js('[...document.querySelectorAll("img.wide")].map(i => i.width==Math.min(i.naturalWidth, 640) && i.naturalWidth>480)') == [True]*browser.js('document.querySelectorAll("img.wide").length') != []
+    space = '[...document.querySelectorAll(".output.stream pre")].filter(o => /%s/.test(o.textContent)).map(o => getComputedStyle(o).whiteSpace)'
+    assert set(browser.js(space % 'ValueError'))=={'pre-wrap'}
+    browser.open('21_cli.html')
+    assert set(browser.js(space % 'identities  cameras'))<={'pre'}
+    browser.open('results_methods.html')
+    assert browser.js('[...document.querySelectorAll("article table")].every(t => t.rows[0].cells.length<4 || t.offsetWidth>=576)')
+
 def shown(site):
     "Name and text of every page but those of the source"
     for p in pages(site): yield p, (site/p).read_text(encoding='utf-8')
