@@ -53,10 +53,10 @@ def _break(lines, i, toks, depths, width):
     begins = toks.index(here[0][0])
     starts = is_first(begins)  # of a statement
     first = toks[next(k for k in range(begins, -1, -1) if is_first(k))]  # of the statement that the line belongs to
-    cuts = []
+    cuts,in_target = [],False  # the variables of a loop stay together
     for (a,d),(b,e) in zip(here, here[1:]):
-        at = b.start[1]
-        if at>width+5*(a.string==':') or at<=pad+4 or a.string in ('.', 'not', '**', '-') or b.string in (*_closing, ',', '.', ':', ')'): continue
+        at,in_target = b.start[1],a.string=='for' or in_target and a.string!='in'
+        if in_target or at>width+5*(a.string==':') or at<=pad+4 or a.string in ('.', 'not', '**', '-') or b.string in (*_closing, ',', '.', ':', ')'): continue
         inner = ' '*(deeper if starts else pad)
         if a.string==';' and not d and first.string not in _compound: cuts.append((0, at, line[:a.start[1]].rstrip(), ' '*pad+line[at:]))
         elif a.string==':' and not d and first.string in _compound and b.type!=tokenize.COMMENT: cuts.append((-1, at, line[:at].rstrip(), ' '*(first.start[1]+4)+line[at:]))

@@ -275,6 +275,10 @@ def test_wrap(src):
     assert same(res)==same(src)
     assert [o.strip('# ') for o in re.findall('#[^\n]*', src)]==[] or '#' in res
 
+def test_wrap_keeps_the_variables_of_a_loop_together():
+    for src in ('xx = [ffff(aaaaaaaa) for bbbbbb,cccccc in dddddddd if eeeeeeee]', 'test_eq([kkkk(aaaaaaaaaaaaaa) for nnnnnn,_ in unwrap(mmmmmmmm)], [])'):
+        assert re.search(r'for \w+,\w+ in', wrap(src, 40)) and wrap(src, 40)!=src
+
 def test_wrap_shell_lines():
     import shlex
     line = 'reid-train DATA '+' '.join(f'--option-{i} {i}' for i in range(12))
