@@ -58,10 +58,15 @@ class Browser:
     def wait(self, code, secs=30):
         "Value of a JavaScript expression, once it is true"
         end = time.monotonic()+secs
-        while not (res := self.js(code)):
+        while not (res := self._during_navigation(code)):
             assert time.monotonic()<end, f'never true: {code}'
             time.sleep(.05)
         return res
+    def _during_navigation(self, code):
+        "Value of `code`; None if the page is left while it is computed"
+        try: return self.js(code)
+        except AssertionError as e:
+            if 'navigated or closed' not in str(e): raise
     def open(self, page):
         "Load `page` and typeset its formulas"
         self('Page.navigate', url=f'{self.base}/{page}')
