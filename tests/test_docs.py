@@ -191,8 +191,8 @@ def test_phone(browser, site):
     assert browser.js('[...document.querySelectorAll("img.wide")].map(i => i.width==Math.min(i.naturalWidth, 640) && i.naturalWidth>480)') == [True]*browser.js('document.querySelectorAll("img.wide").length') != []
     space = '[...document.querySelectorAll(".output.stream pre")].filter(o => /%s/.test(o.textContent)).map(o => getComputedStyle(o).whiteSpace)'
     assert set(browser.js(space % 'ValueError'))=={'pre-wrap'}
-    browser.open('21_cli.html')
-    assert set(browser.js(space % 'identities  cameras'))<={'pre'}
+    browser.open('tutorials/04_your_data_and_backbone.html')
+    assert set(browser.js(space % 'identities  cameras'))=={'pre'}
     browser.open('results_methods.html')
     assert browser.js('[...document.querySelectorAll("article table")].every(t => t.rows[0].cells.length<4 || t.offsetWidth>=576)')
 

