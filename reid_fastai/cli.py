@@ -7,6 +7,7 @@ __all__ = ['reid_train', 'reid_eval', 'reid_compare', 'reid_synth', 'main']
 
 # %% ../nbs/21_cli.ipynb #760a904f
 import contextlib,io,os,signal,sys,time,warnings
+from importlib.metadata import entry_points
 from inspect import signature
 from pathlib import Path
 from typing import Annotated
@@ -255,19 +256,19 @@ def reid_synth(
     return res
 
 # %% ../nbs/21_cli.ipynb #30bae8e6
-_commands = {f.__name__.replace('_', '-'): f for f in (reid_train, reid_eval, reid_compare, reid_synth)}
-
 def main(
     args:list # The command and its arguments, such as `sys.argv[1:]`
 ):
     "Run the command named by the first argument: `python -m reid_fastai.cli reid-train DATA`"
+    own = {f.__name__.replace('_', '-'): f for f in (reid_train, reid_eval, reid_compare, reid_synth)}
+    others = {o.name: o for o in entry_points(group='console_scripts') if o.value.startswith('reid_fastai.') and o.name not in own}
     name = first(args)
-    if name in _commands:
+    if name in own or name in others:
         sys.argv = list(args)
-        return _commands[name]()
+        return own[name]() if name in own else others[name].load()()
     def unknown():
         what = 'a command is needed' if name is None else f'{brief(name, 40)!r} is no command'
-        raise ValueError(f'{what}: name one of {", ".join(_commands)} first, as in `python -m reid_fastai.cli reid-train DATA`.')
+        raise ValueError(f'{what}: name one of {", ".join([*own, *others])} first, as in `python -m reid_fastai.cli reid-train DATA`.')
     sys.exit(run_command(unknown, [], 'reid_fastai.cli'))
 
 # %% ../nbs/21_cli.ipynb #d737aadd

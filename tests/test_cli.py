@@ -136,6 +136,14 @@ def test_help_states_units_and_defaults(shell):
     for cmd in ('reid-train','reid-eval','reid-compare','reid-synth'): assert shell(cmd, '--help').returncode==0
     assert 'px; default' in ' '.join(shell('reid-train', '--help').out.split())
 
+@pytest.mark.parametrize('cmd', ['reid-eval', 'reid-export', 'reid-search'])
+def test_every_command_runs_as_a_module(cmd, monkeypatch, capsys):
+    "Those of other modules too, where no script is on the path"
+    from reid_fastai.cli import main
+    monkeypatch.setattr(sys, 'argv', sys.argv)
+    with pytest.raises(SystemExit) as e: main([cmd, '--help'])
+    assert not e.value.code and f'usage: {cmd} ' in capsys.readouterr().out
+
 def _csv(run): return pd.read_csv(run/'metrics.csv').drop(columns='seconds')
 
 def test_resume_after_a_kill(data, tmp_path, shell):

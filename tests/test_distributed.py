@@ -137,7 +137,7 @@ def test_a_comparison_of_several_processes(jobs):
     assert {o.name for o in (jobs.dir/'compare1').iterdir()}=={o.name for o in (jobs.dir/'compare2').iterdir()}
 
 @pytest.mark.parametrize('name,words', [('bad option', 'amplitude: got 0.0'), ('odd batch', 'Use n_pids=4 or 8, or one of 2, 3, 6 processes.'), ('many', 'Use n_pids=4, or one of 2 processes.'),
-                                        ('no data', 'nothing does not exist'), ('other data', 'The dataset: '), ('exists', 'one exists already'), ('no command', 'name one of reid-train, reid-eval, reid-compare, reid-synth first')])
+                                        ('no data', 'nothing does not exist'), ('other data', 'The dataset: '), ('exists', 'one exists already'), ('no command', 'name one of reid-train, reid-eval, reid-compare, reid-synth, reid-embed, reid-export, reid-search first')])
 def test_an_error_is_said_once_and_ends_all(jobs, name, words):
     job = jobs.all[name]
     said = [l for o in job.err for l in o.splitlines()]
