@@ -11,7 +11,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# Kills, damaged files, hostile input and full disks: about 20 minutes on two cores. The test suite has a short version.
+# Kills, damaged files, hostile input and full disks: about 15 minutes on two cores. The test suite has a short version.
 attack: $(READY)
 	$(BIN)/python tests/attack.py
 
