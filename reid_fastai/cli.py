@@ -101,12 +101,14 @@ def reid_train(
     return out
 
 # %% ../nbs/21_cli.ipynb #72dfe39a
+_differs = dict(model='another model', images='other images', n='other images', flip='another setting of flip')
+
 @by_leader
 def _kept_features(kept, of):
     "Embeddings in the file `kept`, None without a file; raise `ValueError` if `of` does not describe them"
     if not (kept and os.path.exists(kept)): return
     tensors,other = load_tensors(kept)
-    if odd := first(k for k in of if other.get(k)!=of[k]): raise ValueError(f'{kept} does not hold embeddings of this {odd}. Name another file for these.')
+    if odd := first(k for k in of if other.get(k)!=of[k]): raise ValueError(f'{kept} holds embeddings of {_differs[odd]}. Name another file.')
     return tensors['features']
 
 def _embed(file, files, paths, flip, kept, device):
@@ -243,7 +245,7 @@ def _paper_table(table, root, out, seed, quiet, options):
 @command(pos=['path'])
 def reid_synth(
     path:str=None, # Folder to create; default: a folder in the cache
-    tiny:bool=False, # A few dozen images of 64x32 px, for tests
+    tiny:bool=False, # About 100 images of 64x32 px, for tests
     seed:int=42, # Random seed; the same seed gives identical files
     quiet:bool=False # Print only warnings and errors
 ) -> Path: # The folder

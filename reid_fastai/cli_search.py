@@ -27,7 +27,7 @@ from .shell import *
 
 # %% ../nbs/21a_cli_search.ipynb #a123d900
 def list_images(
-    paths # Files and folders
+    paths:list # Files and folders
 ) -> list: # Image files; those of a folder are sorted, from any depth, without hidden files
     "List image files, including those in folders"
     res = []
@@ -58,13 +58,13 @@ def _images(paths, boxes):
 def reid_embed(
     model:str, # Run folder of `reid-train`, or a model file
     images:Annotated[str, {'nargs':'*'}, "Image files, and folders of images; no labels are needed"]=None,
-    out:str=None, # Gallery to create, or to add to
+    out:str=None, # Gallery to create, or to add to; required
     boxes:str=None, # CSV file of boxes with columns path, x1, y1, x2, y2 and, if known, time, camid, pid
     append:bool=False, # Add to the existing gallery `out`
     metric:str=None, # 'cosine' (default) or 'euclidean'
     device:str=None, # Device to compute on, such as 'cpu' or 'cuda:1'; default: the GPU if there is one
     quiet:bool=False # Print only warnings and errors
-) -> Gallery:
+) -> Gallery: # The gallery
     "Embed images into a gallery"
     if not out: raise ValueError('--out is missing: name the gallery to make, or to add to with --append.')
     if metric: check_metric(metric)
@@ -100,7 +100,7 @@ def reid_search(
     where:str=None, # SQL condition on the columns, such as "camid != 3 and time > 60"
     same:bool=False, # Mark images as the same person or not, by the threshold of `reid-eval --verify`
     far:float=1e-3, # False accept rate of that threshold
-    pid:str=None, # Identity on the photos, if known; results are then marked right or wrong if the gallery has identities
+    pid:str=None, # Identity in the photos, if known; results are then marked right or wrong if the gallery has identities
     index:bool=False, # Search approximately with an index, which is built if there is none
     model:str=None, # Model of the gallery, if it has been moved
     device:str=None, # Device to compute on, such as 'cpu' or 'cuda:1'; default: the GPU if there is one

@@ -201,7 +201,7 @@ def check_search(
     if count_matches(q, g).any(): return
     cams = sorted({*q.camid, *g.camid})
     why = (f'all test images are from camera {cams[0]}. Leave the column `camid` out if cameras are unknown.' if len(cams)==1 else
-           f'queries have identities {_few(splits, q)}, the gallery has {_few(splits, g)}.')
+           f'identities of the queries: {_few(splits, q)}; of the gallery: {_few(splits, g)}.')
     raise ValueError(f'{name}: no query has a match in the gallery (an image of its identity from another camera): {why}')
 
 def _few(splits, df): return brief(', '.join(str(splits.pid_names.get(o, o)) for o in df.pid.unique()[:5]), 30)+(', …' if df.pid.nunique()>5 else '')

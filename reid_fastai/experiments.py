@@ -35,7 +35,7 @@ ARMS = ('none','conventional','adaptive','annealed')
 #: Default strengths to try for each arm: λ, A, or the one hyperparameter of another regulariser
 GRIDS = dict(conventional=(5e-4,2.5e-3,1.25e-2), adaptive=(1e-3,5e-3,2.5e-2), rotation=(2e-3,1e-2,5e-2), auto=(2e-3,1e-2,5e-2), decoupled=(.3,1.5,7.5),
              cautious=(.3,1.5,7.5), cpr=(.25,.5,1.), l2sp=(5e-4,2.5e-3,1.25e-2), awd=(4e-3,.02,.1), lamb=(1e-3,3e-3,9e-3))
-#: All regularisers that can be compared
+#: All regularisers that can be compared: `none`, `annealed` and the keys of `GRIDS`
 ALL_ARMS = tuple(uniqueify([*ARMS, *GRIDS]))
 
 def next_strength(
@@ -214,7 +214,7 @@ def comparison_table(
 def plot_strengths(
     runs:pd.DataFrame, # `Comparison.runs`
     metric:str='mAP', # Column of `runs`, %
-    axs=None # One axis per arm; None: a new figure
+    axs:np.ndarray|None=None # One axis per arm; None: a new figure
 ) -> plt.Axes: # The first axis
     "Plot a metric against the strength, one panel per arm: hollow points are held-out runs, filled points are test runs, and lines join means over seeds"
     arms = [a for a in ALL_ARMS if a in set(runs.arm[runs.strength.notna()])]
@@ -236,7 +236,7 @@ def plot_strengths(
 def plot_learning_curves(
     tables:dict, # Arm -> `metrics.csv` of its runs, as DataFrames
     column:str='train_loss', # Column to draw
-    ax=None # Axis to draw on; None: a new one
+    ax:plt.Axes|None=None # Axis to draw on; None: a new one
 ) -> plt.Axes: # The axis
     "Plot a column of the training tables against the epoch, one line per run; each arm has its own colour and line style, and its name at the right"
     if ax is None: ax = plt.subplots(figsize=(4.5,3), layout='constrained')[1]
@@ -264,7 +264,7 @@ def _label_ends(ax, ends, colors, gap=.08):
 
 def plot_mean_lambda(
     histories:dict, # Arm -> `lambdas.csv` of its runs, as DataFrames
-    ax=None # Axis to draw on; None: a new one
+    ax:plt.Axes|None=None # Axis to draw on; None: a new one
 ) -> plt.Axes: # The axis
     "Plot the mean λ over all arrays against the epoch, one line per run; each arm has its own colour and line style"
     return plot_learning_curves({a: [h.groupby('epoch', as_index=False).lam.mean().rename(columns={'lam':'mean λ'}) for h in hs] for a,hs in histories.items()}, 'mean λ', ax)
@@ -303,7 +303,7 @@ def summary(self:Comparison
 # %% ../nbs/20_experiments.ipynb #83caa8ba
 def markdown_table(
     df:pd.DataFrame # Texts and numbers
-) -> str:
+) -> str: # Table as Markdown
     "A table as Markdown"
     row = lambda o: f'| {" | ".join(map(str, o))} |'
     return '\n'.join([row(df.columns), row(['---']*df.shape[1]), *map(row, df.itertuples(index=False))])

@@ -43,7 +43,7 @@ def save_model(
 def _read(path):
     "Arrays and metadata of a file written by `save_model`"
     arrays,meta = load_tensors(path)
-    if 'arch' not in meta: raise ValueError(f'{path} is not a file of `save_model`: it does not say which network its {len(arrays)} arrays belong to.')
+    if 'arch' not in meta: raise ValueError(f'{path} is not a file of `save_model`: it does not say which network its arrays belong to.')
     if meta['format']>_format:
         raise ValueError(f'{path} is of format {meta["format"]}, by reid_fastai {meta["version"]}; version {__version__} reads up to {_format}.')
     return arrays,{**meta, 'size': tuple(meta['size'])}
@@ -84,7 +84,7 @@ class Embedder:
 
     @torch.inference_mode()
     def __call__(self,
-        images, # List of paths, uint8 arrays (height, width, 3) or PIL images; or a single one
+        images:list|str|Path|np.ndarray|Image.Image, # List of paths, uint8 arrays (height, width, 3) or PIL images; or a single one
         flip:bool=True, # Average over image and mirror image
         bs:int=64 # Batch size
     ) -> torch.Tensor: # (n, `n_features`) float32 on the CPU, not normalised

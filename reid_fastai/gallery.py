@@ -32,7 +32,7 @@ def check_new(
 ):
     "Raise `ValueError` unless a new gallery can be created at `path`"
     if _remote(path): return
-    if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)): raise ValueError(f'{brief(path, 120)} exists already, and nothing is replaced. Name another folder; `Gallery.load` and `reid-embed --append` add to a gallery.')
+    if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)): raise ValueError(f'{brief(path, 120)} exists already, and nothing is replaced. Name another folder, or add to this gallery with `reid-embed --append` or `Gallery.load(…).add(…)`.')
     check_writable(path, folder=True)
 
 class Gallery:
@@ -102,7 +102,7 @@ def load(cls:Gallery,
     path:str|Path, # Gallery made by `create` or `reid-embed`
     model:str|Path=None, # Run folder or model file, if it has been moved; it must be the same model
     device:str='cpu' # Device for embedding
-) -> Gallery:
+) -> Gallery: # The gallery
     "Open a gallery"
     if not _remote(path) and not os.path.isdir(Path(path)/f'{_table}.lance'):
         raise ValueError(f'{brief(path, 120)} {"is no gallery" if os.path.exists(path) else "does not exist"}. `reid-embed MODEL FOLDER --out {brief(path, 60)}` makes one.')
@@ -212,8 +212,8 @@ def search(self:Gallery,
     k:int=10, # Number of images to find per photo
     where:str=None, # Condition in SQL on the columns, such as "camid != 3 and time > 60"; None: all images
     exact:bool=True, # Whether to compare with every image; if False, the index is used
-    pid=None # Identities on the photos, if known: one per photo, or one for all
-) -> SearchResults:
+    pid=None # Identities in the photos, if known: one per photo, or one for all
+) -> SearchResults: # The found images of each photo, nearest first
     "Find the nearest images of each photo"
     images = _as_list(images)
     if not len(images): raise ValueError('No photos to search with: the list is empty.')

@@ -56,7 +56,7 @@ def _condition(table, where):
     try: whole = table.count_rows(f'{text} and false')==0 and table.count_rows(f'{text} or true')==n
     except (KeyboardInterrupt, SystemExit): raise
     except BaseException as e:
-        why = brief(str(e).split('(sql parser error: ')[-1].rstrip(')').removeprefix('Invalid input, '), 120)
-        raise ValueError(f'where={brief(where, 80)!r} is no condition on the columns {", ".join(_columns)}: {why}') from e
-    if not whole: raise ValueError(f'where={brief(where, 80)!r}: it is no single condition. Write one, such as: camid != 3 and time > 60')
+        why = brief(str(e).split('(sql parser error: ')[-1].rstrip(')').removeprefix('Invalid input, ').replace('?.', '?'), 120)
+        raise ValueError(f'where={brief(where, 80)!r} is not a valid condition on the columns {", ".join(_columns)}: {why}') from e
+    if not whole: raise ValueError(f'where={brief(where, 80)!r}: this is not a single condition. Write one, such as: camid != 3 and time > 60')
     return text

@@ -41,7 +41,7 @@ class ReIDLearner(Learner):
         cbs=None, # Additional callbacks
         inner:bool=False # Whether a fit is already running
     ):
-        "fastai's `validation_context`, entered after the checks: an error inside it would not release the lock"
+        "Run the checks before fastai's `validation_context`, because an error inside it would leave the learner locked"
         for cb in [] if inner else self.cbs: getattr(cb, '_check_fit', noop)([*self.cbs, *L(cbs)])
         return super().validation_context(cbs, inner)
 

@@ -88,7 +88,7 @@ def read_results(
 @by_leader
 def read_table(
     file:str|Path # `metrics.csv` or `lambdas.csv` of a complete run
-) -> pd.DataFrame:
+) -> pd.DataFrame: # The table
     "Read a table of a complete run and verify the run"
     read_results(Path(file).parent)
     return pd.read_csv(StringIO(read_bytes(file).decode()))

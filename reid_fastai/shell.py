@@ -22,7 +22,7 @@ from .distributed import first_to_speak,together
 def one_line(
     msg:str, # Any text
     limit:int=300 # Maximum number of characters
-) -> str:
+) -> str: # One line of at most `limit` characters
     "Shorten `msg` to one line"
     s = re.sub(r'\S{121,}', lambda m: f'{m[0][:40]}…{m[0][-79:]}', ' '.join(str(msg).split()))
     return s if len(s)<=limit else s[:limit-1]+'…'
@@ -154,7 +154,7 @@ def _short_of_memory(e): return bool(re.search("out of memory|can't allocate mem
 
 def message(
     e:BaseException # Error that was raised
-) -> str:
+) -> str: # The message, with a remedy if memory is short
     "The message of an error"
     if isinstance(e, MemoryError) or _short_of_memory(e): return f'memory is short. Lower `size`, or the number of images in a batch. ({e})'
     if isinstance(e, OSError) and e.filename: return f'{e.filename}: {e.strerror}.'

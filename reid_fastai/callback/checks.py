@@ -26,7 +26,7 @@ def check_norms(
     model:nn.Module, # Any model
     sync_bn:bool=False # Whether `nn.SyncBatchNorm.convert_sync_batchnorm` will be applied to the model
 ):
-    "Raise `ValueError` if the activations inside the norms are lost, or will be"
+    "Raise `ValueError` if the activations inside the norms are lost, or would be lost in the conversion"
     if lost := _silenced(model, sync_bn):
         raise ValueError(f"PyTorch's SyncBatchNorm drops the activations inside {len(lost)} norms of the network (the first is {lost[0]!r}). "
                          'Convert the original network with `timm.layers.convert_sync_batchnorm(learn.model)`, and pass `sync_bn=False` to `distrib_ctx`.')

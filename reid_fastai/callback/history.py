@@ -55,7 +55,7 @@ def plot_lambda_hist(
                xlabel='epoch', xlim=(-.5, n+.5), ylim=(low, top))
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.ticklabel_format(axis='y', style='plain')
-    axs[0].set_ylabel('λ')
+    axs[0].set_ylabel('λ', rotation=0, labelpad=8)
     axs[0].legend(loc='lower left', frameon=False)
     fig = axs[0].figure
     fig.colorbar(im, ax=list(axs), label='share of arrays (%)', ticks=[1,10,25,50,100])
@@ -89,7 +89,7 @@ def plot_lambdas(
     of = ', '.join(f'{amplitude[k]:g} for {k}' for k in kinds) if by_kind else amplitude
     ax.set(xlabel='epoch', ylabel='array, from input to output', title='λ of each array'+(f' (A = {of})' if amplitude else ''))
     ax.spines[:].set_visible(False)
-    ax.figure.colorbar(im, ax=ax, label='λ / A' if by_kind else 'λ', pad=.12)
+    ax.figure.colorbar(im, ax=ax, pad=.12).set_label('λ / A' if by_kind else 'λ', rotation=0, labelpad=10)
     return ax
 
 def _shorten(s, n=26): return s if len(s)<=n else '…'+s[-n+1:]

@@ -159,7 +159,7 @@ _default_wd = 0.01  # default of fastai's optimizers and of PyTorch's AdamW
 
 def _refuse_wd(wd):
     raise ValueError(f'Weight decay {wd} was chosen together with an L2 penalty. Decay would also pull θ to 0 and every λ to A/2. '
-                     'Leave `wd` out or set it to 0 (`learn.opt.set_hypers(wd=0.)` for an existing optimizer). For constant L2 use `ConventionalL2(factor=wd/2)`.')
+                     'Leave `wd` out or set it to 0 (`learn.opt.set_hypers(wd=0.)` for an existing optimizer). For constant L2 use `ConventionalL2`; its factor is half of a coupled decay.')
 
 def _chosen_wd(opt_func):
     "Weight decay that was bound to `opt_func` with `partial`"

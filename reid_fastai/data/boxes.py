@@ -7,6 +7,7 @@ __all__ = ['column_values', 'check_box', 'check_boxes', 'crop_boxes', 'read_boxe
 
 # %% ../../nbs/07b_data.boxes.ipynb #f2aced84
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,11 @@ _columns = ('path',*_floats,'camid','pid')
 
 def column_values(
     name:str, # One of path, x1, y1, x2, y2, time, camid and pid
-    values, # A value for each image, or one for all; None or NaN where it is not known
-    n:int # Images
+    values:list|str|float|None, # A value for each image, or one for all; None or NaN where it is not known
+    n:int, # Number of images
+    what:str='image' # What has a value, for errors: 'image', or 'row' of a table
 ) -> list: # `n` texts, floats, or for `camid` integers; None where it is not known
-    "Check a column, and bring it into one type"
+    "Check the values of a column and convert them to one type"
     if name not in _columns: raise ValueError(f'{name!r} is not a column. The columns are {", ".join(_columns)}.')
     if isinstance(values, (str,Path,int,float,np.generic)) or values is None: values = [values]*n
     values = list(values)
@@ -38,13 +40,13 @@ def column_values(
         if name in ('path','pid'): return str(int(o)) if isinstance(o, float) and o%1==0 else str(o)
         try: x = float(o)
         except (TypeError, ValueError): x = np.nan
-        if not np.isfinite(x) or name=='camid' and (x%1 or abs(x)>2**53): raise ValueError(f'{name} of image {i+1} is {brief(o, 40)!r}; a {"whole " if name=="camid" else ""}number is needed.')
+        if not np.isfinite(x) or name=='camid' and (x%1 or abs(x)>2**53): raise ValueError(f'{name} of {what} {i+1} is {brief(o, 40)!r}; a {"whole " if name=="camid" else ""}number is needed.')
         return int(x) if name=='camid' else x
     return [f(i, o) for i,o in enumerate(values)]
 
 # %% ../../nbs/07b_data.boxes.ipynb #dd999850
 def check_box(
-    box, # x1, y1, x2, y2, px
+    box:tuple, # x1, y1, x2, y2, px
     size:tuple, # (width, height) of the image, px
     what:str # What to call the image in errors
 ) -> tuple: # The box in whole pixels
@@ -62,8 +64,8 @@ def _size(path):
     except Exception: return None
 
 def check_boxes(
-    images, # Paths, arrays or PIL images
-    boxes # For each image a box, or None for the whole of it
+    images:list, # Paths, arrays or PIL images
+    boxes:list # For each image a box, or None for the whole of it
 ):
     "Raise `ValueError` unless all boxes are inside their images; decodes no image"
     was,size = None,None
@@ -75,10 +77,10 @@ def check_boxes(
 def _name_of(o, i): return brief(o, 110) if isinstance(o, (str,Path)) else f'image {i+1}'
 
 def crop_boxes(
-    images, # Paths, arrays or PIL images
-    boxes, # For each image a box, or None for the whole of it
-    draft:int=None # Pixels needed along each side of an image without a box; None: all
-): # Iterator of PIL images, RGB
+    images:list, # Paths, arrays or PIL images
+    boxes:list, # For each image a box, or None for the whole of it
+    draft:int|None=None # Pixels needed along each side of an image without a box; None: all
+) -> Iterator: # PIL images, RGB
     "Open images and cut out their boxes; a file with several boxes in a row is decoded once"
     was,im = None,None
     for i,(o,box) in enumerate(zip(images, boxes)):
@@ -90,7 +92,7 @@ def crop_boxes(
 # %% ../../nbs/07b_data.boxes.ipynb #ac577e07
 def read_boxes(
     path:str|Path, # CSV file with columns `path`, `x1`, `y1`, `x2`, `y2` and, if known, `time`, `camid`, `pid`
-    root:str|Path=None # Folder that paths are relative to; None: that of the file
+    root:str|Path|None=None # Folder that paths are relative to; None: that of the file
 ) -> dict: # List of values by column name; paths include the folder
     "Read a table of boxes"
     if not os.path.isfile(path := Path(path)): read_bytes(path)  # says what is amiss
@@ -99,11 +101,11 @@ def read_boxes(
     if missing := [o for o in ('path',*_box) if o not in df]:
         raise ValueError(f'{brief(path, 110)}: column{"s"*(len(missing)>1)} {", ".join(missing)} missing; path, x1, y1, x2, y2 are needed and, if known, time, camid, pid. Found: {brief(", ".join(map(str, df)), 60)}.')
     if not len(df): raise ValueError(f'{brief(path, 120)} has no rows, so there are no boxes.')
-    try: cols = {o: column_values(o, df[o].str.strip(), len(df)) for o in _columns if o in df}
+    try: cols = {o: column_values(o, df[o].str.strip(), len(df), 'row') for o in _columns if o in df}
     except ValueError as e: raise ValueError(f'{brief(path, 110)}: {e}') from e
     if (gap := first(i for i in range(len(df)) if any(cols[o][i] is None for o in ('path',*_box)))) is not None:
         raise ValueError(f'{brief(path, 120)}: row {gap+1} has no {first(o for o in ("path",*_box) if cols[o][gap] is None)}. Fill it in, or leave the row out.')
     root = os.path.abspath(ifnone(root, path.parent))
     cols['path'] = [os.path.join(root, o) for o in cols['path']]
-    if gone := [o for o in L(cols['path']).unique() if not os.path.isfile(o)]: raise ValueError(f'{brief(path, 80)}: {len(gone)} images do not exist, such as {brief(gone[0], 100)}. Paths are relative to {brief(root, 60)}.')
+    if gone := [o for o in L(cols['path']).unique() if not os.path.isfile(o)]: raise ValueError(f'{brief(path, 80)}: {len(gone)} image{"s do" if len(gone)>1 else " does"} not exist, such as {brief(gone[0], 100)}. Paths are relative to {brief(root, 60)}.')
     return cols

@@ -219,7 +219,7 @@ def render_pedestrian(
     heading:float|None=None, # Walking direction, radians; 0 is away from the camera, π towards it; None: random
     rng:np.random.Generator|int|list|None=None, # Random number generator or seed of everything that varies between images of a person
     size:tuple=(128,64), # (height, width), px
-    crop:float=1., # Error of the crop; 0 for none, 1 as for a detector; at 4, half of the people are cut off
+    crop:float=1., # Error of the crop; 0 for none, 1 as for a detector; at 4, many crops cut off a part of the person
     occlude:float=.25 # Probability of an occlusion
 ) -> bytes: # Contents of a JPEG file
     "Render an image of a person"

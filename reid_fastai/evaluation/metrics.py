@@ -325,7 +325,7 @@ _format,_readers = 'reid_fastai.retrieval.2',{} # functions that read distances,
 _readers['Distances'] = lambda tensors,meta: Distances(tensors['q'], tensors['g'], meta['metric'], meta['chunk_size'])
 
 @patch
-def state(self:Distances
+def _state(self:Distances
     ) -> tuple: # Dict of tensors, and dict of metadata for JSON
     "State for saving"
     return dict(q=self.q, g=self.g),dict(metric=self.metric, chunk_size=self.chunk_size)
@@ -337,7 +337,7 @@ def save(self:RetrievalResults,
     path:str|Path # File to write or replace
 ):
     "Save the results; an interrupted write leaves an existing file unchanged"
-    tensors,meta = self.dists.state()
+    tensors,meta = self.dists._state()
     labels = {o: getattr(self, o) for o in _label_names}
     tensors = {**tensors, 'ranks': torch.as_tensor(self.ranks), **{k: torch.as_tensor(v) for k,v in labels.items() if v.dtype.kind!='U'}}
     meta = dict(meta, dists=type(self.dists).__name__, labels={k: v.tolist() for k,v in labels.items() if v.dtype.kind=='U'})

@@ -201,10 +201,10 @@ def _csr_state(V, name): return {f'{name}_{o}': torch.as_tensor(getattr(V, o)) f
 def _csr(tensors, name, shape): return sparse.csr_matrix(tuple(tensors[f'{name}_{o}'].numpy() for o in ('data','indices','indptr')), shape=shape)
 
 @patch
-def state(self:RerankedDistances
+def _state(self:RerankedDistances
     ) -> tuple: # Dict of tensors, and dict of metadata for JSON
     "State for saving"
-    tensors,meta = self.base.state()
+    tensors,meta = self.base._state()
     return ({**tensors, **_csr_state(self.Vq, 'Vq'), **_csr_state(self.Vg, 'Vg'), 'far': torch.as_tensor(self.far)},
             dict(meta, lambda_value=self.lambda_value, original=_original))
 

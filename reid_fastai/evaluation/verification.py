@@ -206,7 +206,7 @@ def plot_roc(self:Verification,
     return ax
 
 # %% ../../nbs/10b_evaluation.verification.ipynb #0aa20025
-_names = {'model': str, 'metric': str, 'data': str, 'n_match': int, 'n_nonmatch': int, 'eer': float, 'thresholds': dict, 'dir': dict}
+_names = {'flip': bool, 'model': str, 'metric': str, 'data': str, 'n_match': int, 'n_nonmatch': int, 'eer': float, 'thresholds': dict, 'dir': dict}
 
 def _rates(df): return {np.format_float_positional(far): {k: None if np.isnan(v) else float(v) for k,v in row.items()} for far,row in df.to_dict('index').items()}
 
@@ -215,18 +215,18 @@ def save(self:Verification,
     folder:str|Path, # Folder in which verification.json, and verification.csv with the ROC curve, are written or replaced
     model:str|Path, # File of `save_model` with the model that computed the embeddings
     data:str, # Dataset, as given to a command
-    **notes # Further entries of verification.json, with values that JSON supports
+    flip:bool=True # Whether the embeddings are averages over an image and its mirror image
 ) -> pd.DataFrame: # Table of `summary`
     "Write thresholds, rates and ROC curve"
-    figures = dict(model=checksum(read_bytes(model)), metric=self.results.dists.metric, data=str(data), n_match=self.n_match, n_nonmatch=self.n_nonmatch, eer=self.eer,
+    figures = dict(flip=flip, model=checksum(read_bytes(model)), metric=self.results.dists.metric, data=str(data), n_match=self.n_match, n_nonmatch=self.n_nonmatch, eer=self.eer,
                    thresholds=_rates((res := self.summary())[['threshold','low','high','tar']]), dir=_rates(self.open_set()))
     atomic_write(Path(folder)/'verification.csv', self.roc().to_csv(index=False))
-    write_json(Path(folder)/'verification.json', {**notes, **figures})
+    write_json(Path(folder)/'verification.json', figures)
     return res
 
 def read_verification(
     model_path:str|Path # Run folder, or file of `save_model`, with verification.json beside it
-) -> dict: # 'model', 'metric', 'data', 'n_match', 'n_nonmatch', 'eer', 'thresholds': {'0.001': {'threshold', 'low', 'high', 'tar'}}, 'dir': {'0.01': {'threshold', 'dir'}}
+) -> dict: # 'flip', 'model', 'metric', 'data', 'n_match', 'n_nonmatch', 'eer', 'thresholds': {'0.001': {'threshold', 'low', 'high', 'tar'}}, 'dir': {'0.01': {'threshold', 'dir'}}
     "Thresholds that are stored with a model; `ValueError` if there are none or they belong to another model"
     file = model_file(model_path)
     path,again = file.with_name('verification.json'),f'reid-eval {model_path} --verify'

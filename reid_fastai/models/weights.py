@@ -104,7 +104,7 @@ def _load_weights(m, name, keys, sd, source):
 # %% ../../nbs/03a_models.weights.ipynb #a440f039
 def load_backbone(
     arch:str|Callable, # Model of timm or torchvision, see `resolve_arch`
-    pretrained:bool|str|Path=True # True for pretrained weights, False for random ones, or a file
+    pretrained:bool|str|Path=True # True for pretrained weights, False for random ones, or a file (safetensors or PyTorch) of timm, torchvision or a run
 ) -> tuple: # Trunk, last stage at stride 1, channels of its map, and a dict with `mean` and `std` of its training images, empty if unknown
     "Make a backbone from a classifier, with pretrained or random weights"
     name = resolve_arch(arch)
