@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 from fastcore.all import *
-from torch import nn
+from torch import Tensor,nn
 from tqdm.std import tqdm
 
 # %% ../nbs/00_core.ipynb #7f377059
@@ -261,10 +261,10 @@ def unwrap(
 
 # %% ../nbs/00_core.ipynb #2f41004c
 def mean_of_mirrored(
-    net, # Function from images (b, c, h, w) to embeddings (b, d)
-    x, # (b, c, h, w) images
+    net:callable, # Function from images (b, c, h, w) to embeddings (b, d)
+    x:Tensor, # (b, c, h, w) images
     flip:bool=True # Whether to average; False: the embeddings of `x` alone
-): # (b, d) embeddings
+) -> Tensor: # (b, d) embeddings
     "Embeddings averaged over image and mirror image"
     return (net(x)+net(x.flip(3)))/2 if flip else net(x)
 

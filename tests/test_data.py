@@ -70,7 +70,7 @@ def test_name_is_honest(market, monkeypatch):
     n,*rest = counts['query']
     monkeypatch.setattr(Market1501, '_published', {'Market-1501': {**counts, 'query': (n+1,*rest)}})
     assert read_dataset(market).name=='Market'
-    assert f'other counts than Market-1501 (in brackets): query {n} images ({n+1}).' in repr(read_dataset(market))
+    assert f'other counts than Market-1501 (in brackets): query: images {n} ({n+1}).' in repr(read_dataset(market))
 
 def test_versions_of_cuhk03_are_told_apart_by_their_counts(tmp_path, monkeypatch):
     root = touch(tmp_path/'detected', *(f'{d}/{NAMES[CUHK03]}' for d in ('bounding_box_train','query','bounding_box_test')))
@@ -78,7 +78,7 @@ def test_versions_of_cuhk03_are_told_apart_by_their_counts(tmp_path, monkeypatch
     monkeypatch.setattr(CUHK03, '_published', {'a': {**one, 'gallery': (2,1,1,0,0)}, 'b': one})
     assert CUHK03(root).name=='b'
     monkeypatch.setattr(CUHK03, '_published', {'a': {**one, 'gallery': (2,1,1,0,0)}, 'b': {**one, 'gallery': (3,2,1,0,0)}})
-    assert CUHK03(root).notes[0].endswith('than a (in brackets): gallery 1 images (2).')
+    assert CUHK03(root).notes[0].endswith('than a (in brackets): gallery: images 1 (2).')
 
 def test_upper_case_ending(tmp_path):
     root = make_market(tmp_path/'m')

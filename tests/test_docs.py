@@ -205,6 +205,17 @@ def bare(text): return html.unescape(re.sub('<[^>]+>', '', text))
 def test_no_object_is_shown_by_its_address(site):
     for p,s in shown(site): assert not (found := re.findall(r'functools\.partial|<[\w.]+ object at 0x[0-9a-f]+|&lt;[^<>]{0,60} at 0x[0-9a-f]+', s)), (p, found[:3])
 
+def test_a_blank_line_separates_messages(site):
+    "Also if the output of a cell was stored in several parts"
+    seen = 0
+    for p,s in shown(site):
+        for out in re.findall(r'<div class="cell_output.*?</div>\s*</div>', s, re.S):
+            lines = bare(out).strip().split('\n')
+            starts = [i for i,l in enumerate(lines) if i and l.startswith('ValueError: ')]
+            seen += len(starts)
+            assert not (bad := [lines[i] for i in starts if lines[i-1].strip()]), (p, bad)
+    assert seen>50
+
 def test_lines_of_code_fit_the_page(site):
     "At most 100 characters a line, in cells, blocks of pages and signatures; outputs are wrapped by the browser"
     n,long = 0,[]

@@ -183,7 +183,7 @@ def test_reranked_distances_too():
 @pytest.fixture(scope='module')
 def kept(tmp_path_factory):
     save_tensors((folder := tmp_path_factory.mktemp('kept'))/'model.safetensors', dict(w=torch.ones(1)), {})
-    (v := make(n_q=40, n_g=400).verification()).save(folder, folder/'model.safetensors', 'data', flip=True)
+    (v := make(n_q=40, n_g=400).verification()).save(folder, folder/'model.safetensors', 'data')
     return folder,v
 
 @pytest.fixture

@@ -99,8 +99,8 @@ def __call__(self:ReIDLayout,
 
 def _differences(counts, published):
     "Differences as text, one entry per split"
-    rows = {s: [f'{n:,} {what} ({published.loc[s,what]:,})' for what,n in row.items() if n!=published.loc[s,what]] for s,row in counts.iterrows()}
-    return [f'{s} {", ".join(o)}' for s,o in rows.items() if o]
+    rows = {s: [f'{what} {n:,} ({published.loc[s,what]:,})' for what,n in row.items() if n!=published.loc[s,what]] for s,row in counts.iterrows()}
+    return [f'{s}: {", ".join(o)}' for s,o in rows.items() if o]
 
 # %% ../../nbs/04_data.datasets.ipynb #b5e80260
 class FolderLayout(ReIDLayout):
