@@ -65,7 +65,7 @@ def load_model(
     own = net.state_dict()
     if bad := sorted(k for k in {*own, *arrays} if k not in own or k not in arrays or own[k].shape!=arrays[k].shape):
         raise ValueError(f'{path} does not fit the {meta["arch"]} it claims to be: {len(bad)} of {len(own)} arrays are missing, foreign or of '
-                         f'another shape, first {bad[0]!r}. It was written by reid_fastai {meta["version"]}, perhaps beside another version of timm.')
+                         f'another shape, first {bad[0]!r}. It was written by reid_fastai {meta["version"]}, perhaps with another version of timm.')
     net.load_state_dict(arrays)
     return net.eval().lay_out(device).to(device)
 

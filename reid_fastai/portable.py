@@ -233,7 +233,7 @@ def _meta_of_onnx(path, data):
 
 def is_portable(
     path:str|Path # Any file
-) -> bool:
+) -> bool: # True for .onnx, .torchscript and .pt2
     "Whether the name of a file has the suffix of an exported network"
     return Path(path).suffix in SUFFIXES.values()
 

@@ -50,6 +50,6 @@ def refused(
     try: yield
     except exc as e:
         assert words in str(e), f'{words!r} is not in {str(e)!r}'
-        msg = re.sub(re.escape(tempfile.gettempdir())+r'[/\\]\w+', 'tmp', str(e))  # the name differs each time
+        msg = re.sub(re.escape(tempfile.gettempdir())+r'[/\\]\w+', 'tmp', ' '.join(str(e).split()))  # the name differs each time
         print(textwrap.fill(f'{type(e).__name__}: {msg}', 95, break_on_hyphens=False, break_long_words=False)+'\n')
     else: raise AssertionError(f'the block raised no {exc.__name__}')

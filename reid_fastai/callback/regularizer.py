@@ -123,7 +123,7 @@ def after_epoch(self:L2Callback):
 
 # %% ../../nbs/12_callback.regularizer.ipynb #32905515
 class AdaptiveL2(L2Callback):
-    "Add `Σ λ_n ‖w_n‖²` to the loss, `λ_n = A hard_sigmoid(θ_n)`, and train θ with the weights"
+    "Add `Σ λ_n ‖w_n‖²` to the loss, with `λ_n = A hard_sigmoid(θ_n)`, and train θ with the weights"
     def __init__(self,
         amplitude:float|dict=5e-3, # A > 0, or a dict of A by kind; λ starts at A/2
         exclude:str|list=() # Kinds, or names with wildcards, of arrays to leave out

@@ -24,7 +24,7 @@ class Pairs:
         (q,_),(g,_) = results._q,results._g
         self.queries = ((q!=JUNK_PID)&(q!=DISTRACTOR_PID)).nonzero().flatten()
         self.n_nonmatch = len(self.queries)*len(g)-int(results._n[self.queries].sum())
-        if not self.n_nonmatch: raise ValueError(f'There are no non-matching pairs: all {len(g)} gallery images show the person of the query. Two identities are needed at least.')
+        if not self.n_nonmatch: raise ValueError(f'There are no non-matching pairs: all {len(g)} gallery images show the person of the query. At least two identities are needed.')
         self._nearest = ()
         self._collect()
         self._count()
