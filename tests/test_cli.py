@@ -232,5 +232,9 @@ def test_documented_commands_are_understood(cmd, args):
     "… by the parser; what they name need not exist"
     func = getattr(cli, cmd.replace('-', '_'))
     pos = dict(reid_train=['data'], reid_eval=['run','data'], reid_compare=['data'], reid_synth=['path'])[func.__name__]
-    try: _parse(func.__wrapped__, cmd, pos, shlex.split(args, comments=True))
-    except SystemExit as e: assert e.code in (0, None)  # --help and --version
+    try: opts = _parse(func.__wrapped__, cmd, pos, shlex.split(args, comments=True))
+    except SystemExit as e:
+        assert e.code in (0, None)  # --help and --version
+        return
+    nets = [o for o in [*(opts.get('archs') or []), opts.get('arch') or ''] if o.startswith(('osnet','bat_net'))]
+    assert not nets or opts.get('pretrained') not in (None,'imagenet'), f'{nets} have no pretrained weights'
