@@ -188,7 +188,7 @@ def test_phone(browser, site):
     browser.open('tutorials/02_watching_lambda.html')
     browser.js('document.querySelectorAll("img").forEach(i => i.loading="eager")')
     browser.wait('[...document.images].every(i => i.naturalWidth)')
-    assert browser.js('[...document.querySelectorAll("img.wide")].map(i => i.width==Math.min(i.naturalWidth, 640) && i.naturalWidth>640)') == [True]*browser.js('document.querySelectorAll("img.wide").length') != []
+    assert browser.js('[...document.querySelectorAll("img.wide")].map(i => i.width==Math.min(i.naturalWidth, 640) && i.naturalWidth>480)') == [True]*browser.js('document.querySelectorAll("img.wide").length') != []
     space = '[...document.querySelectorAll(".output.stream pre")].filter(o => /%s/.test(o.textContent)).map(o => getComputedStyle(o).whiteSpace)'
     assert set(browser.js(space % 'ValueError'))=={'pre-wrap'}
     browser.open('tutorials/04_your_data_and_backbone.html')
