@@ -61,7 +61,7 @@ class RunConfig:
         steps:int=None, # Batches per epoch; default: the recipe's; if quick, as many as the training images fill
         lr:float=None, # Highest learning rate; default: the recipe's, 1e-3 if quick
         l2:str=None, # Regulariser: 'adaptive', 'conventional', 'none', 'rotation', 'auto' (rotation, and adaptive L2 for other arrays), 'decoupled', 'cautious', 'cpr', 'l2sp', 'awd' or 'lamb'; default: adaptive, rotation if laptop, conventional if published
-        amplitude:float=5e-3, # A of adaptive L2; each λ starts at A/2
+        amplitude:float=5e-3, # A of adaptive L2, also in 'auto'; each λ starts at A/2
         factor:float=None, # λ of conventional L2; default: 2.5e-3; if published, half the published weight decay
         strength:float=None, # Strength of the other regularisers, such as λ of 'rotation' and 'decoupled'; default: the recipe's, or the callback's
         val_pids:float=0., # Share of the training identities to hold out for choosing the epoch; default: the last epoch is used
@@ -93,7 +93,7 @@ def _parse_size(s, what='size'):
     "'128x64' → [128, 64]"
     try: h,w = map(int, s.lower().split('x') if isinstance(s, str) else s)
     except (ValueError, TypeError): raise ValueError(f'{what}={s!r}: write height x width in pixels, such as 256x128.') from None
-    if min(h,w)<32 or max(h,w)>2048: raise ValueError(f'{what}={s!r}: between 32 and 2,048 pixels each way.')
+    if min(h,w)<32 or max(h,w)>2048: raise ValueError(f'{what}={s!r}: height and width must be from 32 to 2,048 pixels.')
     return [h,w]
 
 # %% ../nbs/18a_config.ipynb #30646e41
@@ -143,10 +143,10 @@ RIVALS = dict(rotation=RotationControl, auto=AutoL2, decoupled=DecoupledL2, caut
 def regularizer(self:RunConfig
     ) -> list: # The callback of `l2`; empty for 'none'
     "Callback of the chosen regulariser"
-    make = dict(adaptive=lambda: AdaptiveL2(self.amplitude), conventional=lambda: ConventionalL2(self.factor), annealed=lambda: AnnealedL2(self.curve))
-    if self.l2=='lamb': return [ArrayHistory()]
-    if self.l2 in RIVALS: return [RIVALS[self.l2](*L(self.strength))]
-    return [make[self.l2]()] if self.l2 in make else []
+    make = dict(adaptive=lambda: AdaptiveL2(self.amplitude), conventional=lambda: ConventionalL2(self.factor), annealed=lambda: AnnealedL2(self.curve),
+                auto=lambda: AutoL2(*L(self.strength), amplitude=self.amplitude), lamb=ArrayHistory)
+    if self.l2 in make: return [make[self.l2]()]
+    return [RIVALS[self.l2](*L(self.strength))] if self.l2 in RIVALS else []
 
 @patch(as_prop=True)
 def optimizer(self:RunConfig) -> dict: # `opt_func` for `reid_learner`; empty for its default

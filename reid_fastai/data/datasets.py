@@ -46,7 +46,7 @@ class ReIDLayout:
     exists = staticmethod(os.path.isdir)  # test for one of `needs`
     def __init__(self,
         name:str, # Name of the benchmark
-        published:dict|None=None # Published counts by version and split, in the form of `ReIDSplits.counts`
+        published:dict|None=None # Counts by version and split: (images, identities, cameras, distractors, junk)
     ): self.name,self._published = name,published or {}
     def _odd(self, root): "Why `root`, which contains all of `needs`, does not have this layout; None if it does"; raise NotImplementedError
     def _rows(self, root): "Yield one row of `columns` per image"; raise NotImplementedError
