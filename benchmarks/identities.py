@@ -1,6 +1,6 @@
 """What to expect from how many identities: the same test set, and training on a part of the training identities.
 
-    python benchmarks/identities.py DATA --out FOLDER [--identities 0 25 50 100 200 751] [--images 0] [--seeds 1] [--pretrained FILE] [--set epochs=10 size=128x64 …]
+    python benchmarks/identities.py DATA --out FOLDER [--identities 0 25 50] [--images 0] [--seeds 1] [--pretrained FILE] [--set epochs=10 size=128x64 …]
 
 0 identities is the starting model without any training on DATA: with `--pretrained FILE`, one that was trained elsewhere. Identities of a seed are nested: those of 25 are among those of 50.
 All runs take as many steps as an epoch of the whole training set has, unless `--set steps=…` says otherwise. Runs that are complete in FOLDER are not repeated, and interrupted ones go on.
@@ -19,12 +19,14 @@ from reid_fastai.export import Embedder
 from reid_fastai.files import atomic_write
 from reid_fastai.runs import build_net, load_splits, result_figures, search_rows, train_run
 
+def people(splits):
+    "Sorted training identities"
+    return np.unique(splits.train.pid[splits.train.pid>DISTRACTOR_PID])
+
 def subset(splits, n, images, seed):
     "`splits` with `n` random training identities, and at most `images` random images of each; 0: all images"
     rng,train = np.random.default_rng(seed),splits.train
-    people = train.pid[train.pid>DISTRACTOR_PID].unique()
-    if n>len(people): raise ValueError(f'--identities {n}: {splits.name} has {len(people)} training identities.')
-    pids = rng.permutation(np.sort(people))[:n]
+    pids = rng.permutation(people(splits))[:n]
     rows = train[train.pid.isin(pids)]
     if images: rows = rows.iloc[rng.permutation(len(rows))].groupby('pid').head(images)
     return ReIDSplits(pd.concat([rows.sort_index(), splits.query, splits.gallery]), f'{splits.name}, {n} training identities', splits.root)
@@ -36,8 +38,11 @@ def untrained(splits, cfg):
 
 def main(a):
     splits,out,rows = load_splits(a.data),Path(a.out),[]
+    most = len(people(splits))
+    sizes = a.identities or [o for o in (0, 25, 50, 100, 200, 751) if o<=most]
+    if max(sizes)>most: raise ValueError(f'--identities {max(sizes)}: {splits.name} has {most} training identities.')
     for seed in range(a.seed, a.seed+a.seeds):
-        for n in a.identities:
+        for n in sizes:
             opts = dict(dict(a.set), data=a.data, seed=seed, pretrained=a.pretrained)
             cfg = RunConfig(**opts)
             part = subset(splits, n, a.images, seed)
@@ -56,7 +61,7 @@ if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('data', help="'synthetic', the folder of a dataset, or a CSV file")
     p.add_argument('--out', required=True, help='folder of the runs and of the table')
-    p.add_argument('--identities', nargs='+', type=int, default=[0, 25, 50, 100, 200, 751])
+    p.add_argument('--identities', nargs='+', type=int, help='numbers of training identities; default: 0 25 50 100 200 751, as far as DATA has as many')
     p.add_argument('--images', type=int, default=0, help='at most so many images of each identity; 0: all')
     p.add_argument('--seeds', type=int, default=1, help='number of seeds, each with identities of its own')
     p.add_argument('--seed', type=int, default=42, help='the first of them')

@@ -56,8 +56,8 @@ class RunConfig:
         first_epochs:int=None, # Number of epochs with `first_size`; default: five sixths of the epochs
         n_pids:int=None, # Identities per batch; default: the recipe's, 16 if quick
         n_imgs:int=None, # Images per identity in a batch; default: the recipe's, 4 if quick
-        frozen_epochs:int=None, # Epochs with a frozen backbone, before all others; default: the recipe's
-        epochs:int=None, # Epochs in which the whole network is trained; default: the recipe's, 10 if quick, 36 if laptop
+        frozen_epochs:int=None, # Epochs with a frozen backbone, before all others, for the recipe paper; default: 20 if paper
+        epochs:int=None, # Epochs in which the whole network is trained; if published, all epochs; default: the recipe's, 10 if quick, 36 if laptop
         steps:int=None, # Batches per epoch; default: the recipe's; if quick, as many as the training images fill
         lr:float=None, # Highest learning rate; default: the recipe's, 1e-3 if quick
         l2:str=None, # Regulariser: 'adaptive', 'conventional', 'none', 'rotation', 'auto' (rotation, and adaptive L2 for other arrays), 'decoupled', 'cautious', 'cpr', 'l2sp', 'awd' or 'lamb'; default: adaptive, rotation if laptop, conventional if published

@@ -54,8 +54,8 @@ def test_how_many_identities(tmp_path):
     assert (few['n_pids'],more['n_pids'])==(3,4) and few['steps']==more['steps']==3
     before = (tmp_path/'o'/'3-all-42'/'model.safetensors').stat().st_mtime_ns
     assert forked(*args, logs=tmp_path).returncode==0 and (tmp_path/'o'/'3-all-42'/'model.safetensors').stat().st_mtime_ns==before
-    bad = forked(*args, '--identities', '99', logs=tmp_path)
-    assert bad.returncode==1 and 'has 10 training identities' in bad.stderr and 'Traceback' not in bad.stderr
+    bad = forked(*args, '--out', tmp_path/'other', '--identities', '3', '99', logs=tmp_path)
+    assert bad.returncode==1 and 'has 10 training identities' in bad.stderr and 'Traceback' not in bad.stderr and not (tmp_path/'other').exists()
 
 def test_controls(tmp_path):
     "Every control trains; rows of the file are not trained again"
