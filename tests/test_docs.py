@@ -213,7 +213,7 @@ def test_a_blank_line_separates_messages(site):
             lines = bare(out).strip().split('\n')
             starts = [i for i,l in enumerate(lines) if i and l.startswith('ValueError: ')]
             seen += len(starts)
-            assert not (bad := [lines[i] for i in starts if lines[i-1].strip()]), (p, bad)
+            assert not (bad := [lines[i] for i in starts if lines[i-1].startswith('ValueError: ')]), (p, bad)
     assert seen>50
 
 def test_lines_of_code_fit_the_page(site):
