@@ -143,10 +143,9 @@ RIVALS = dict(rotation=RotationControl, auto=AutoL2, decoupled=DecoupledL2, caut
 def regularizer(self:RunConfig
     ) -> list: # The callback of `l2`; empty for 'none'
     "Callback of the chosen regulariser"
-    make = dict(adaptive=lambda: AdaptiveL2(self.amplitude), conventional=lambda: ConventionalL2(self.factor), annealed=lambda: AnnealedL2(self.curve),
-                auto=lambda: AutoL2(*L(self.strength), amplitude=self.amplitude), lamb=ArrayHistory)
-    if self.l2 in make: return [make[self.l2]()]
-    return [RIVALS[self.l2](*L(self.strength))] if self.l2 in RIVALS else []
+    make = dict(adaptive=lambda: AdaptiveL2(self.amplitude), conventional=lambda: ConventionalL2(self.factor), annealed=lambda: AnnealedL2(self.curve), lamb=ArrayHistory)
+    if self.l2 in RIVALS: return [RIVALS[self.l2](*L(self.strength), **dict(amplitude=self.amplitude) if self.l2=='auto' else {})]
+    return [make[self.l2]()] if self.l2 in make else []
 
 @patch(as_prop=True)
 def optimizer(self:RunConfig) -> dict: # `opt_func` for `reid_learner`; empty for its default

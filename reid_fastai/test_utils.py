@@ -6,7 +6,7 @@
 __all__ = ['tiny_dls', 'tiny_learner', 'refused']
 
 # %% ../nbs/97_test_utils.ipynb #1618c142
-import re,tempfile,textwrap,warnings
+import re,tempfile,warnings
 from contextlib import contextmanager
 
 import torch
@@ -51,5 +51,5 @@ def refused(
     except exc as e:
         assert words in str(e), f'{words!r} is not in {str(e)!r}'
         msg = re.sub(re.escape(tempfile.gettempdir())+r'[/\\]\w+', 'tmp', ' '.join(str(e).split()))  # the name differs each time
-        print(textwrap.fill(f'{type(e).__name__}: {msg}', 95, break_on_hyphens=False, break_long_words=False)+'\n')
+        print(f'{type(e).__name__}: {msg}\n')
     else: raise AssertionError(f'the block raised no {exc.__name__}')
