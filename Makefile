@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/reid-train --epochs 5
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Kills, damaged files, hostile input and full disks: about 15 minutes on two cores. The test suite has a short version.
 attack: $(READY)

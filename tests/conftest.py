@@ -6,6 +6,13 @@ import pytest
 if 'PYTEST_XDIST_WORKER' in os.environ:
     for o in ('OMP_NUM_THREADS','MKL_NUM_THREADS','OPENBLAS_NUM_THREADS'): os.environ.setdefault(o, '1')
 
+# Each worker takes whole files. Those that take longest come first, so that no worker is left with one at the end.
+LONGEST = 'test_notebooks test_distributed test_docs test_benchmarks test_cli test_attack test_recipe'.split()
+
+def pytest_collection_modifyitems(items):
+    order = {o: i for i,o in enumerate(LONGEST)}
+    items.sort(key=lambda o: order.get(o.path.stem, len(order)))
+
 @pytest.fixture
 def interrupted(monkeypatch):
     "Trains a run, and interrupts it after some epochs"
