@@ -297,6 +297,6 @@ def test_numpy_example(net, files, tmp_path, monkeypatch, capsys):
 def test_deep_sort_example(net, images, tmp_path):
     export_net(net, tmp_path/'a.onnx', images, pixels='opencv')
     exec(page(1), space := {})
-    enc = space['ImageEncoder'](str(tmp_path/'a.onnx'))
+    enc = space['ImageEncoder'](str(tmp_path/'a.onnx'), 'images', 'features')  # as DeepSORT calls it
     assert tuple(enc.image_shape[:2])==size and enc.feature_dim==192 and enc(np.zeros((0, *size, 3), np.uint8)).shape==(0,192)
     np.testing.assert_allclose(enc(as_taken(images, 'opencv'), batch_size=4), oracle(net, images), atol=1e-4)
