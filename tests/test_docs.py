@@ -169,17 +169,18 @@ def test_search(browser, query, page):
     browser.wait(f'location.pathname=="/{page}.html"')
 
 @needs_browser
-@pytest.mark.parametrize('width,dark', [(1280, False), (390, True)], ids=['light', 'dark phone'])
-def test_every_page(browser, site, width, dark):
-    "Figures are there, formulas are typeset, nothing sticks out, and the colours are those asked for"
-    browser.see(width, dark=dark)
+def test_every_page(browser, site):
+    "Figures are there, formulas are typeset, nothing sticks out, wide screens show whole tables, and the colours are those asked for"
     for page in pages(site):
         browser.open(page)
         assert not browser.js('[...document.images].filter(i => i.loading!="lazy" && !i.naturalWidth).map(i => i.src)'), page
         assert not browser.js('document.querySelectorAll("[data-mjx-error]").length'), page
-        assert browser.js('document.documentElement.scrollWidth<=innerWidth'), page
-        shade = sum(map(int, re.findall(r'\d+', browser.js('getComputedStyle(document.body).backgroundColor'))[:3]))/3
-        assert (shade<64 if dark else shade>192), page
+        for width,dark in (1440, False),(1440, True),(390, False),(390, True):
+            browser.see(width, dark=dark)
+            assert browser.js('document.documentElement.scrollWidth<=innerWidth'), (page, width)
+            if width==1440: assert not browser.js('[...document.querySelectorAll(".table-wrapper")].filter(o => o.scrollWidth>o.clientWidth).map(o => o.innerText)'), page
+            shade = sum(map(int, re.findall(r'\d+', browser.js('getComputedStyle(document.body).backgroundColor'))[:3]))/3
+            assert (shade<64 if dark else shade>192), (page, dark)
 
 @needs_browser
 def test_phone(browser, site):
