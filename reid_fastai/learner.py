@@ -38,7 +38,7 @@ class ReIDLearner(Learner):
         with plain_errors(): return super().__call__(event_name)  # also if our error is raised inside a callback of fastai
 
     def validation_context(self,
-        cbs=None, # Additional callbacks
+        cbs:Callback|list=None, # Additional callbacks
         inner:bool=False # Whether a fit is already running
     ):
         "Run the checks before fastai's `validation_context`, because an error inside it would leave the learner locked"

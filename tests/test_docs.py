@@ -184,18 +184,19 @@ def test_every_page(browser, site):
 
 @needs_browser
 def test_phone(browser, site):
-    "Wide figures scroll and keep their size up to 640 px; wide tables scroll; messages are wrapped, and columns are not"
+    "Wide figures scroll and keep their size up to 640 px; wide tables scroll; sentences are wrapped, and columns are not; options are not broken"
     browser.see(390)
     browser.open('tutorials/02_watching_lambda.html')
     browser.js('document.querySelectorAll("img").forEach(i => i.loading="eager")')
     browser.wait('[...document.images].every(i => i.naturalWidth)')
     assert browser.js('[...document.querySelectorAll("img.wide")].map(i => i.width==Math.min(i.naturalWidth, 640) && i.naturalWidth>480)') == [True]*browser.js('document.querySelectorAll("img.wide").length') != []
-    space = '[...document.querySelectorAll(".output.stream pre")].filter(o => /%s/.test(o.textContent)).map(o => getComputedStyle(o).whiteSpace)'
-    assert set(browser.js(space % 'ValueError'))=={'pre-wrap'}
+    space = '[...document.querySelectorAll(".output pre%s")].filter(o => /%s/.test(o.textContent)).map(o => getComputedStyle(o).whiteSpace)'
+    assert set(browser.js(space % (' .sentence', 'ValueError')))=={'pre-wrap'}
     browser.open('tutorials/04_your_data_and_backbone.html')
-    assert set(browser.js(space % 'identities  cameras'))=={'pre'}
+    assert set(browser.js(space % ('', 'identities  cameras')))=={'pre'}
     browser.open('results_methods.html')
     assert browser.js('[...document.querySelectorAll("article table")].every(t => t.rows[0].cells.length<4 || t.offsetWidth>=576)')
+    assert browser.js('[...document.querySelectorAll(".highlight .word")].map(o => o.offsetHeight<30)')==[True]*browser.js('document.querySelectorAll(".highlight .word").length') != []
 
 def shown(site):
     "Name and text of every page but those of the source"

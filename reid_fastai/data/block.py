@@ -252,7 +252,7 @@ class ReIDDataLoaders(DataLoaders):
 
 # %% ../../nbs/08_data.block.ipynb #b1fe73c7
 def check_size(
-    size # (height, width) of images, px
+    size:tuple, # (height, width) of images, px
 ) -> tuple: # (height, width) as two integers
     "Raise `ValueError` unless `size` is (height, width)"
     if not (is_listy(size) and len(size)==2 and all(isinstance(o, Integral) and o>0 for o in size)):
