@@ -222,7 +222,7 @@ ranks = NS(rank=0, n=1)
 
 # %% ../nbs/00_core.ipynb #731c5c9c
 def progress(
-    it, # Iterable
+    it:Iterable, # Items
     desc:str='', # Name of the operation
     total:int|None=None, # Number of items, if `it` has no length
 ) -> tqdm: # Yields the items of `it`

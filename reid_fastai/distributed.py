@@ -99,8 +99,8 @@ def _alone():
     finally: ranks.rank,ranks.n = rank,n
 
 def by_leader(
-    f # Function
-): # The same function, called only by rank 0
+    f:callable # Function
+) -> callable: # The same function, called only by rank 0
     "Decorator: rank 0 calls `f` for all processes"
     @wraps(f)
     def g(*args, **kwargs):
@@ -174,8 +174,8 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, g): return g[ranks.rank*ctx.n:(ranks.rank+1)*ctx.n]*ranks.n
 
 def gather(
-    o # Tensor (n, ...) of this process' part of the batch, or nested lists and tuples of such tensors; `n` is equal in all processes
-): # The same for the whole batch, in the order of the ranks
+    o:torch.Tensor|list|tuple # Tensor (n, ...) of this process' part of the batch, or nested lists and tuples of such tensors; `n` is equal in all processes
+) -> torch.Tensor|list|tuple: # The same for the whole batch, in the order of the ranks
     "Gather the parts of a batch, with gradients"
     if isinstance(o, Tensor): return _Gather.apply(o.as_subclass(Tensor)).as_subclass(type(o)) if ranks.n>1 else o
     if isinstance(o, (tuple,list)): return type(o)(map(gather, o)) if not hasattr(o, '_fields') else type(o)(*map(gather, o))

@@ -137,7 +137,7 @@ def _as_list(images):
 
 @patch
 def add(self:Gallery,
-    images, # List of paths, uint8 arrays (height, width, 3) or PIL images, or a single one; or a tensor (n, d) of embeddings of the gallery's model
+    images:list|str|Path|torch.Tensor, # List of paths, uint8 arrays (height, width, 3) or PIL images, or a single one; or a tensor (n, d) of embeddings of the gallery's model
     **columns # `path`, `x1`, `y1`, `x2`, `y2` (px), `time`, `camid`, `pid`: one value per image, or one for all
 ) -> Gallery: # The same gallery
     "Embed images and add them, all or none"
@@ -208,11 +208,11 @@ def _found(self:Gallery, ids, dists):
 
 @patch
 def search(self:Gallery,
-    images, # Photos: a list of paths, arrays or PIL images, or a single one; or a tensor (n, d) of embeddings
+    images:list|str|Path|torch.Tensor, # Photos: a list of paths, arrays or PIL images, or a single one; or a tensor (n, d) of embeddings
     k:int=10, # Number of images to find per photo
     where:str=None, # Condition in SQL on the columns, such as "camid != 3 and time > 60"; None: all images
     exact:bool=True, # Whether to compare with every image; if False, the index is used
-    pid=None # Identities in the photos, if known: one per photo, or one for all
+    pid:list|str|int|None=None # Identities in the photos, if known: one per photo, or one for all
 ) -> SearchResults: # The found images of each photo, nearest first
     "Find the nearest images of each photo"
     images = _as_list(images)

@@ -152,7 +152,7 @@ def _cell(v): return '' if isinstance(v, float) and v!=v else f'{v:.6g}' if isin
 
 def row_printer(
     width:int=12 # Width of a column, characters
-): # Function that takes a row, a dict
+) -> callable: # Function that takes a row, a dict
     "Make a function that prints rows, and the names of the columns before the first row"
     names = []
     def show(row):

@@ -114,7 +114,7 @@ def in_shell(
     return _running is not None
 
 def run_command(
-    func, # Documented function; its parameters become options
+    func:callable, # Documented function; its parameters become options
     args:list, # Arguments, such as `sys.argv[1:]`
     prog:str, # Name of the command
     pos:list=None # Parameters that are positional although they have a default
@@ -162,7 +162,7 @@ def message(
 
 def command(
     pos:list=None # Parameters that are positional although they have a default
-): # Decorator
+) -> callable: # Decorator
     "Make a function a command: if a console script calls it without arguments, it takes them from the shell"
     def decorate(func):
         prog = func.__name__.replace('_', '-')

@@ -113,7 +113,7 @@ def _gallery(self:Distances):
 @torch.no_grad()
 def keys(self:Distances,
     queries:Tensor|None=None # Indices of queries; None: all
-): # Iterator of (slice or indices of queries, (n, at least m) tensor); infinite in columns without a gallery image
+) -> Iterator: # (slice or indices of queries, (n, at least m) tensor); infinite in columns without a gallery image
     "Blocks of keys, which order the gallery like the distances"
     g,sq = self._gallery()
     for i in range(0, self.shape[0] if queries is None else len(queries), self.chunk_size):
@@ -135,7 +135,7 @@ def distance(self:Distances,
 
 @patch
 def blocks(self:Distances
-    ): # Iterator of (slice of queries, (n, m) distances)
+    ) -> Iterator: # (slice of queries, (n, m) distances)
     "Blocks of distances"
     for rows,k in self.keys(): yield rows,self.distance(k[:,:self.shape[1]], rows)
 

@@ -129,7 +129,7 @@ class RerankedDistances:
 @torch.no_grad()
 def keys(self:RerankedDistances,
     queries:Tensor|None=None # Indices of queries; None: all
-): # Iterator of (slice or indices of queries, (n, at least m) tensor); infinite in columns without a gallery image
+) -> Iterator: # (slice or indices of queries, (n, at least m) tensor); infinite in columns without a gallery image
     "Blocks of re-ranked distances"
     lam,m,far = self.lambda_value,self.shape[1],torch.as_tensor(self.far).clamp_min(torch.finfo(torch.float32).tiny)
     for rows,k in self.base.keys(queries):
@@ -143,7 +143,7 @@ def keys(self:RerankedDistances,
 
 @patch
 def blocks(self:RerankedDistances
-    ): # Iterator of (slice of queries, (n, m) distances)
+    ) -> Iterator: # (slice of queries, (n, m) distances)
     "Blocks of re-ranked distances"
     for rows,k in self.keys(): yield rows,k[:,:self.shape[1]]
 
