@@ -241,12 +241,12 @@ def plot_learning_curves(
     "Plot a column of the training tables against the epoch, one line per run; each arm has its own colour and line style, and its name at the right"
     if ax is None: ax = plt.subplots(figsize=(4.5,3), layout='constrained')[1]
     order,ends = uniqueify([*ALL_ARMS, *tables]),{}  # an arm has the same colour and style in every figure
-    for above,(arm,dfs) in zip(range(len(tables)-1, -1, -1), tables.items()):
-        i = order.index(arm)
+    for k,(arm,dfs) in enumerate(tables.items()):
+        i,above = order.index(arm),min(len(tables)-1-k, 3)
         for df in dfs:
             o = df.dropna(subset=[column])
             # A line is wider than those drawn above it, so that each colour is visible if curves are equal
-            ax.plot(o.epoch, o[column], c=f'C{i}', ls=('-.','--','-',':')[i%4], lw=1.5+1.5*min(above, 3), alpha=.8, marker='.', ms=6+2*min(above, 3))
+            ax.plot(o.epoch, o[column], c=f'C{i}', ls=('-.','--','-',':')[i%4], lw=1.5+1.5*above, alpha=.8, marker='.', ms=6+2*above)
             if len(o): ends.setdefault(arm, []).append((o.epoch.iloc[-1], o[column].iloc[-1]))
     ax.set(xlabel='epoch', ylabel=column.replace('_', ' '))
     ax.xaxis.get_major_locator().set_params(integer=True)

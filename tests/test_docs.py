@@ -175,7 +175,7 @@ def test_every_page(browser, site):
         browser.open(page)
         assert not browser.js('[...document.images].filter(i => i.loading!="lazy" && !i.naturalWidth).map(i => i.src)'), page
         assert not browser.js('document.querySelectorAll("[data-mjx-error]").length'), page
-        for width,dark in (1440, False),(1440, True),(390, False),(390, True):
+        for width,dark in (1440, False),(1440, True),(1280, False),(390, False),(390, True):
             browser.see(width, dark=dark)
             assert browser.js('document.documentElement.scrollWidth<=innerWidth'), (page, width)
             if width==1440: assert not browser.js('[...document.querySelectorAll(".table-wrapper")].filter(o => o.scrollWidth>o.clientWidth).map(o => o.innerText)'), page
