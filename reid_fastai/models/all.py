@@ -5,3 +5,4 @@ from .osnet import *
 from .rga import *
 from .ianet import *
 from .batnet import *
+from .depthwise import *
