@@ -26,7 +26,7 @@ from reid_fastai.data.datasets import read_dataset
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.learner import reid_learner
 from reid_fastai.losses import ReIDLoss
-from reid_fastai.models import build_reid_net
+from reid_fastai.models import build_reid_net, fast_depthwise
 from reid_fastai.regularizers import AdaptiveL2Regularizer
 
 warnings.filterwarnings('ignore')
@@ -42,7 +42,7 @@ class _NoSearch(Callback):
 def network(a, n_classes, ours=True):
     torch.manual_seed(0)
     net = build_reid_net(a.arch, n_classes, regions=0, pretrained=False).to(device())
-    return net.lay_out(device()) if ours else net
+    return fast_depthwise(net).lay_out(device()) if ours else net
 
 def loaders(a):
     return ReIDDataLoaders.from_path(a.data, size=a.size, n_pids=a.bs//4, n_imgs=4, steps=a.steps, device=device())

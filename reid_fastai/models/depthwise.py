@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Conv2dSame,pad_same
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_weight
 
 from .net import at_least_float32
 
 # %% ../../nbs/03g_models.depthwise.ipynb #73ece802
-_fast_width = 3  # most columns of a kernel for which PyTorch's gradient is fast
+_fast_width = 3  # largest number of kernel columns with a fast gradient in PyTorch
 
 def depthwise_weight_grad(
     x:torch.Tensor, # (b, c, h, w) input of the convolution
@@ -26,14 +25,12 @@ def depthwise_weight_grad(
     padding:tuple # Rows and columns of zeros around `x`
 ) -> torch.Tensor: # (c, 1, *ks), of the type of `gy`
     "Gradient of the kernels of a depthwise convolution"
-    c,(kh,kw) = x.shape[1],ks
-    if kw<=_fast_width: return conv2d_weight(x, (c,1,kh,kw), gy, stride, padding, 1, c)
-    res,width = gy.new_empty(c, 1, kh, kw),(gy.shape[3]-1)*stride[1]+_fast_width
-    for j in (*range(0, kw-_fast_width, _fast_width), kw-_fast_width):
-        left = padding[1]-j  # negative: columns are cut off
-        part = F.pad(x, (left, width-x.shape[3]-left))
-        res[...,j:j+_fast_width] = conv2d_weight(part, (c,1,kh,_fast_width), gy, stride, (padding[0],0), 1, c)
-    return res
+    c,(kh,kw) = gy.shape[1],ks
+    reached = (gy.shape[3]-1)*stride[1]+kw  # columns of the padded input that the kernels reach
+    pads = padding[1],max(0, reached-x.shape[3]-padding[1])
+    if any(pads): x = F.pad(x, pads)
+    def part(j, n): return conv2d_weight(x[...,j:j+reached-kw+n], (c,1,kh,n), gy, stride, (padding[0],0), 1, c)
+    return torch.cat([part(j, min(_fast_width, kw-j)) for j in range(0, kw, _fast_width)], 3)
 
 # %% ../../nbs/03g_models.depthwise.ipynb #56fed410
 def depthwise_input_grad(
@@ -46,38 +43,52 @@ def depthwise_input_grad(
     "Gradient of the input of a depthwise convolution"
     rest = [n+2*p-k-(o-1)*s for n,p,k,o,s in zip(shape[2:], padding, weight.shape[2:], gy.shape[2:], stride)]  # last rows and columns, which no kernel reached
     g,w = map(at_least_float32, (gy, weight)) if max(stride)>1 else (gy, weight)
-    return F.conv_transpose2d(g, w, None, stride, padding, rest, shape[1]).to(gy.dtype)
+    return F.conv_transpose2d(g, w, None, stride, padding, rest, weight.shape[0]).to(gy.dtype)
 
 # %% ../../nbs/03g_models.depthwise.ipynb #34b3465d
 class _Depthwise(torch.autograd.Function):
     "Depthwise convolution with the gradients above"
-    @staticmethod
-    @torch.amp.custom_fwd(device_type='cpu')
-    def forward(ctx, x, weight, stride, padding):
-        ctx.save_for_backward(x, weight)
-        ctx.stride,ctx.padding = stride,padding
-        return F.conv2d(x, weight, None, stride, padding, 1, x.shape[1])
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
-    @torch.amp.custom_bwd(device_type='cpu')
+    def forward(x, weight, stride, padding): return F.conv2d(x, weight, None, stride, padding, 1, weight.shape[0])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x,weight,ctx.stride,ctx.padding = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
     def backward(ctx, gy):
         x,weight = ctx.saved_tensors
-        gx = depthwise_input_grad(x.shape, weight, gy, ctx.stride, ctx.padding) if ctx.needs_input_grad[0] else None
-        return gx,depthwise_weight_grad(x, gy, weight.shape[2:], ctx.stride, ctx.padding),None,None
+        with torch.autocast('cpu', enabled=False):
+            gx = depthwise_input_grad(x.shape, weight, gy, ctx.stride, ctx.padding) if ctx.needs_input_grad[0] else None
+            gw = depthwise_weight_grad(x, gy, weight.shape[2:], ctx.stride, ctx.padding) if ctx.needs_input_grad[1] else None
+        return gx,gw,None,None
+
+_fast_types = {torch.float32,torch.bfloat16}
 
 class _FastGradients:
     "Mixin for a convolution: fast gradients in training on a CPU"
     def forward(self, x):
-        needed = self.training and torch.is_grad_enabled() and self.weight.requires_grad
-        if not needed or x.device.type!='cpu' or torch.compiler.is_compiling(): return super().forward(x)
+        dtype = self._dtype(x)
+        if dtype not in _fast_types or not self._needed(x): return super().forward(x)
         if isinstance(self, Conv2dSame): x = pad_same(x, self.kernel_size, self.stride)  # its own padding is 0
-        dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
         with torch.autocast('cpu', enabled=False): y = _Depthwise.apply(x.to(dtype), self.weight.to(dtype), self.stride, self.padding)
         return y if self.bias is None else y+self.bias.to(dtype).view(-1, 1, 1)
 
+    def _dtype(self, x):
+        "Type of the computation; None if PyTorch should choose it, or refuse the input"
+        if torch.is_autocast_enabled('cpu') and {x.dtype,self.weight.dtype}<=_fast_types: return torch.get_autocast_dtype('cpu')
+        return x.dtype if x.dtype==self.weight.dtype else None
+
+    def _needed(self, x):
+        "Whether the kernels need a gradient on a CPU, outside of a network that is compiled or traced"
+        compiled = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        return self.training and torch.is_grad_enabled() and self.weight.requires_grad and x.device.type=='cpu' and x.ndim==4 and not compiled
+
 class DepthwiseConv2d(_FastGradients, nn.Conv2d): "Depthwise convolution with fast gradients on CPUs"
-class DepthwiseConv2dSame(_FastGradients, Conv2dSame): "`DepthwiseConv2d` with the padding of TensorFlow, as in timm's `tf_` networks"
+class DepthwiseConv2dSame(_FastGradients, Conv2dSame): "`DepthwiseConv2d` with the padding of TensorFlow, as in timm\'s `tf_` networks"
 
 # %% ../../nbs/03g_models.depthwise.ipynb #0cf4d576
 _fast_kinds = {nn.Conv2d: DepthwiseConv2d, Conv2dSame: DepthwiseConv2dSame}
@@ -91,7 +102,7 @@ def fast_depthwise(
     return model
 
 def _is_slow(conv):
-    "Whether PyTorch's gradients of `conv` are slow on a CPU: those of a depthwise convolution that is wide or has strides"
+    "Whether `conv` is depthwise and has more than three columns or a stride above 1"
     depthwise = conv.groups==conv.in_channels==conv.out_channels>1
     usual = conv.padding_mode=='zeros' and not isinstance(conv.padding, str) and conv.dilation==(1,1)
     return depthwise and usual and (conv.kernel_size[1]>_fast_width or max(conv.stride)>1)
