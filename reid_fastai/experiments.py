@@ -216,19 +216,24 @@ def plot_strengths(
     metric:str='mAP', # Column of `runs`, %
     axs:np.ndarray|None=None # One axis per arm; None: a new figure
 ) -> plt.Axes: # The first axis
-    "Plot a metric against the strength, one panel per arm: hollow points are held-out runs, filled points are test runs, and lines join means over seeds"
+    "Plot a metric against the strength, one panel per arm: hollow points are held-out runs, filled points are test runs, lines join means over seeds, and a dotted line is the mean test result without regulariser"
     arms = [a for a in ALL_ARMS if a in set(runs.arm[runs.strength.notna()])]
-    if axs is None: axs = plt.subplots(1, len(arms), figsize=(1+2*len(arms),3), sharey=True, squeeze=False, layout='constrained')[1][0]
+    none = runs[metric][(runs.arm=='none') & (runs.stage=='final')]
+    if axs is None:
+        n = min(len(arms), 4)
+        axs = plt.subplots(rows := -(-len(arms)//n), n, figsize=(1+2*n,.4+2.6*rows), sharey=True, squeeze=False, layout='constrained')[1].flat
+        for ax in axs[len(arms):]: ax.axis('off')
     for ax,arm in zip(axs, arms):
         for stage,c,face in (('tune','C0','none'),('final','C1','C1')):
             o = runs[(runs.arm==arm) & (runs.stage==stage)]
             ax.plot(o.groupby('strength')[metric].mean(), c=c, lw=1)
             ax.scatter(o.strength, o[metric], edgecolors=c, facecolors=face, s=22, label=dict(tune='held out', final='test')[stage] if len(o) else None)
+        if len(none): ax.axhline(none.mean(), c='gray', ls=':', lw=1, label='test, none')
         ax.set(xscale='log', title=arm, xlabel=dict(conventional='λ', adaptive='A', lamb='learning rate').get(arm, 'strength'))
         tried = sorted(runs.strength[runs.arm==arm].dropna().unique())
         ax.set_xticks(tried, [f'{v:g}' for v in tried], rotation=45 if len(tried)>3 else 0)
         ax.xaxis.set_minor_formatter(NullFormatter())
-    axs[0].set_ylabel(f'{metric} (%)')
+    for ax in axs[::4]: ax.set_ylabel(f'{metric} (%)')
     axs[0].legend(frameon=False)
     return axs[0]
 
@@ -291,7 +296,8 @@ def summary(self:Comparison
     "Summary of the comparison, with tables"
     c = self.cfg
     tuned = [o for o in self.rows if o['stage']=='tune']
-    how = (f'Strengths were chosen by mAP on {100*self.tune_pids:g} % of the training identities, held out of tuning runs with seed {c.seed}, {len(tuned)//len(self.grids)} of each regulariser.'
+    extra = f' Their gallery also has {100*self.tune_distractors:g} % of the images of the other training identities, as distractors.' if self.tune_distractors else ''
+    how = (f'Strengths were chosen by mAP on {100*self.tune_pids:g} % of the training identities, held out of tuning runs with seed {c.seed}, {len(tuned)//len(self.grids)} of each regulariser.{extra}'
            if tuned else 'Strengths were given beforehand, none was tuned.')
     metrics = ['mAP','Rank-1'] + (['mAP re-ranked','Rank-1 re-ranked'] if c.rerank else [])
     parts = [f'# {self.splits.name}: regularisers compared', f'{c.arch}, {c.size[0]}×{c.size[1]} px, {c.epochs} epochs, recipe {c.recipe}, seeds {c.seed} to {c.seed+self.seeds-1}. '
