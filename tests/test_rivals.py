@@ -1,4 +1,4 @@
-"The rivals against their formulas, written down by hand, and against the package pytorch-cpr's rule"
+"The rivals against their formulas, written down by hand, and against the package pytorch-cpr"
 import copy, tempfile
 from functools import partial
 
@@ -85,12 +85,19 @@ def test_cpr():
     assert same(fit(learner(CPR(.5, warm=2))).model, by_hand()), 'warming up'
 
 def test_cpr_against_the_package():
-    theirs = pytest.importorskip('pytorch_cpr.adamcpr')
-    w,lam = torch.randn(8, 4),torch.tensor([.01])
-    kappa = .9*w.square().sum()
-    theirs.l2_update(a := w.clone(), la := lam.clone(), kappa, torch.tensor(1/w.numel()), False, .1)
-    cpr_rule([kappa], [lb := lam.clone()])([b := w.clone()], None, .1)
-    assert torch.allclose(a, b) and torch.allclose(la, lb)
+    "The package's optimizer and the callback beside Adam give the same weights and λ"
+    from pytorch_cpr import AdamCPR
+    opts = []
+    def adam_cpr(ps, lr):
+        ps = list(ps)
+        opts.append(AdamCPR([dict(params=[p for p in ps if (p.ndim>1)==r], regularize=r) for r in (True,False)], lr=lr, kappa_init_method='dependent', kappa_init_param=.5))
+        return opts[0]
+    want = by_hand(opt=adam_cpr, n=4)
+    a = fit(learner(CPR(.5, warm=0), opt_func=partial(Adam, mom=.9, sqr_mom=.999, eps=1e-8)), n=4)
+    assert all(torch.allclose(x, y, rtol=1e-4, atol=1e-6) for x,y in zip(a.model.parameters(), want.parameters()))
+    lams = [float(o['lagmul']) for o in opts[0].state.values()][:2]
+    h = a.cpr.history
+    assert np.allclose(h.lam[(h.epoch==4) & (h.kind=='kernel')], lams, rtol=1e-4) and min(lams)>0
 
 def test_l2sp():
     start = [p.detach().clone() for p in learner().model.parameters()]
