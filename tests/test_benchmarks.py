@@ -77,6 +77,21 @@ def test_controls(tmp_path):
         res = forked(*args, *bad, logs=tmp_path)
         assert res.returncode==1 and words in res.stderr and 'Traceback' not in res.stderr
 
+def test_recipe(tmp_path):
+    "Every change trains and differs from the others, on held-out identities"
+    import pandas as pd
+    from reid_fastai.data.synthetic import make_synthetic
+    args = ['benchmarks/recipe.py', str(make_synthetic(tiny=True)), '--out', tmp_path/'r.csv', '--set', 'arch=tf_mobilenetv3_small_minimal_100', 'pretrained=none', 'size=64x32', 'epochs=1', 'steps=3', 'lr=0.03', 'n_pids=4', 'n_imgs=2', 'l2=none', '--distractors', '0']
+    res = forked(*args, logs=tmp_path)
+    assert res.returncode==0 and '| change | seeds | mAP |' in res.stdout, res.stderr[-800:]
+    df = pd.read_csv(tmp_path/'r.csv')
+    assert len(df)==12 and df.change.is_unique and df.mAP.between(0, 100, inclusive='neither').all() and df['mAP after the neck'].nunique()>9
+    again = forked(*args, logs=tmp_path)
+    assert again.returncode==0 and "{'change'" not in again.stdout
+    for bad,words in ((['--changes', 'some'], "['some']"), (['--set', 'regions=2'], 'regions=2')):
+        res = forked(*args, *bad, logs=tmp_path)
+        assert res.returncode==1 and words in res.stderr and 'Traceback' not in res.stderr
+
 def test_held_out_ranking_beside_the_test_ranking(tmp_path):
     "The rank correlation over models whose held-out figures are given"
     import pandas as pd

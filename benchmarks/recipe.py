@@ -1,0 +1,123 @@
+"""Which change of a recipe is worth having: trainings that differ in one thing, on held-out training identities.
+
+    python benchmarks/recipe.py DATA --out FILE.csv [--changes base gem circle …] [--seeds 1] [--set epochs=5 steps=200 l2=auto precision=bf16 …]
+
+A fifth of the training identities is held out, as queries and gallery; half of the images of the others join the gallery as distractors and are not trained on. The test set is not used.
+Every training is evaluated twice: with its embeddings, and with the embeddings after the neck (BatchNorm), which the classifier gets.
+A row is added to FILE.csv after each training. Trainings that have a row are not repeated, so the command can be interrupted and given again.
+"""
+import argparse, sys, time
+
+import pandas as pd
+import torch
+from fastai.callback.core import Callback
+from fastai.torch_core import TensorImage
+from pytorch_metric_learning.losses import CircleLoss, MultiSimilarityLoss
+from pytorch_metric_learning.miners import MultiSimilarityMiner
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from options import add_set
+from rows import Rows
+from reid_fastai.config import RunConfig
+from reid_fastai.core import keep_freed_memory
+from reid_fastai.callback.evaluation import search
+from reid_fastai.data.augment import EraseEach
+from reid_fastai.data.holdout import hold_out
+from reid_fastai.experiments import markdown_table
+from reid_fastai.losses import ReIDLoss
+from reid_fastai.models import ObjectiveHead
+from reid_fastai.runs import fit_run, load_splits, make_learner
+
+class GeMHead(ObjectiveHead):
+    "Generalised mean over space, with exponent 3"
+    def embed(self, fmap): return fmap.float().clamp(1e-6).pow(3).mean((2,3)).pow(1/3).clamp(0, 1)
+
+class PatchEach(EraseEach):
+    "Cover a rectangle of an image with the same part of another image of the batch"
+    def encodes(self, x:TensorImage):
+        self.fill = 0.
+        part = super().encodes(torch.ones_like(x))
+        return torch.where(part==0, x.roll(len(x)//2, 0), x)
+
+class Averaged(Callback):
+    "Evaluate the exponential moving average of the weights"
+    def __init__(self, decay): self.decay = decay
+    def before_fit(self): self.ema = ModelEmaV3(self.learn.model, decay=self.decay)
+    def after_batch(self):
+        if self.training: self.ema.update(self.learn.model)
+    def after_fit(self): self.learn.model.load_state_dict(self.ema.module.state_dict())
+
+def gem(learn): learn.model.heads[0].__class__ = GeMHead
+def stride(learn): next(m for m in learn.model.global_stage.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0]>1).stride = (2,2)
+def metric(loss, miner=None):
+    def change(learn): learn.loss_func = ReIDLoss(triplet=lambda emb,pid: loss(emb, pid, miner(emb, pid) if miner else None))
+    return change
+def patch(learn): learn.dls.train.after_batch.add(PatchEach())
+def averaged(learn): learn.add_cb(Averaged(.99))
+
+def no(cfg): return {}
+
+#: Change -> (what it is, function that changes the learner or None, function of the options that gives other options)
+CHANGES = {
+    'base': ('the recipe', None, no),
+    'gem': ('GeM pooling, exponent 3', gem, no),
+    'circle': ('circle loss instead of the triplet loss', metric(CircleLoss(m=.25, gamma=64)), no),
+    'multi-similarity': ('multi-similarity loss instead of the triplet loss', metric(MultiSimilarityLoss(), MultiSimilarityMiner()), no),
+    'no triplet': ('cross-entropy alone', lambda learn: setattr(learn, 'loss_func', ReIDLoss(triplet=False)), no),
+    'patch': ('random patches of other images', patch, no),
+    'average': ('moving average of the weights, decay 0.99', averaged, no),
+    'stride': ('last stage with stride 2', stride, no),
+    'more people': ('twice the identities per batch, half the images of each', None, lambda c: dict(n_pids=2*c.n_pids, n_imgs=c.n_imgs//2)),
+    'fewer people': ('half the identities per batch, twice the images of each', None, lambda c: dict(n_pids=c.n_pids//2, n_imgs=2*c.n_imgs)),
+    'half rate': ('half the learning rate', None, lambda c: dict(lr=c.lr/2)),
+    'double rate': ('twice the learning rate', None, lambda c: dict(lr=2*c.lr))}
+
+def figures(feats, df):
+    r = search(feats, df)
+    return 100*r.mAP,100*r.rank1
+
+def train(name, splits, cfg, device):
+    "Train with one change → its figures on the held-out identities, last epoch"
+    _,change,opts = CHANGES[name]
+    cfg = cfg.but(**opts(cfg))
+    learn = make_learner(splits, cfg, device=device)
+    if change: change(learn)
+    learn.remove_cb(learn.retrieval_metrics)
+    start = time.perf_counter()
+    with learn.no_bar(), learn.no_logging(): fit_run(learn, cfg, 0)
+    minutes = (time.perf_counter()-start)/60
+    feats,neck = learn.embed(flip=cfg.flip),learn.model.heads[0].neck.eval()
+    with torch.no_grad(): after = neck(feats.to(neck.running_mean.device)).cpu()
+    res = dict(zip(('mAP','Rank-1','mAP after the neck','Rank-1 after the neck'), (*figures(feats, learn.dls.test_df), *figures(after, learn.dls.test_df))))
+    return {**{k: round(v, 3) for k,v in res.items()}, 'minutes': round(minutes, 1)}
+
+def main(a):
+    if odd := [o for o in a.changes if o not in CHANGES]: raise ValueError(f'--changes {odd}: there are {list(CHANGES)}.')
+    keep_freed_memory()
+    rows,base = Rows(a.out),RunConfig(**dict(dict(epochs=5, steps=200, l2='auto'), **dict(a.set), data=a.data))
+    if base.regions: raise ValueError(f'regions={base.regions}: the changes are made for the light head. Use regions=0.')
+    splits = hold_out(load_splits(a.data), .2, base.seed, a.distractors)
+    setting = dict(dataset=splits.name, distractors=a.distractors, arch=base.arch, size='x'.join(map(str, base.size)), epochs=base.epochs, steps=base.steps, l2=base.l2)
+    rows.check_same(**setting)
+    for seed in range(base.seed, base.seed+a.seeds):
+        for name in a.changes:
+            if rows.has(change=name, seed=seed): continue
+            rows.add(dict(change=name, seed=seed, **train(name, splits, base.but(seed=seed), a.device), **setting, precision=base.precision or 'default', torch=torch.__version__))
+            print({k: rows[-1][k] for k in ('change','seed','mAP','Rank-1','mAP after the neck','minutes')}, flush=True)
+    df = pd.DataFrame(rows)
+    mean = df.groupby('change', sort=False)[['mAP','Rank-1','mAP after the neck','Rank-1 after the neck','minutes']].mean().reset_index()
+    mean.insert(1, 'seeds', df.groupby('change', sort=False).seed.count().values)
+    print(markdown_table(mean.assign(change=[CHANGES[o][0] for o in mean.change], **{k: mean[k].map('{:.1f}'.format) for k in mean.columns[2:]})))
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('data', help="'synthetic', the folder of a dataset, or a CSV file")
+    p.add_argument('--out', required=True, help='CSV file of the results')
+    p.add_argument('--changes', nargs='+', default=list(CHANGES), help=f'some of: {", ".join(CHANGES)}')
+    p.add_argument('--seeds', type=int, default=1, help='number of seeds')
+    p.add_argument('--distractors', type=float, default=.5, help='share of the images of the other training identities that join the held-out gallery')
+    p.add_argument('--device')
+    add_set(p)
+    try: main(p.parse_args())
+    except ValueError as e: sys.exit(f'recipe.py: error: {e}')
