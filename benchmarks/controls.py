@@ -2,16 +2,15 @@
 
     python benchmarks/controls.py DATA --out FILE.csv [--controls both constant rotation=0.02 …] [--seeds 1] [--set epochs=5 steps=200 …]
 
-A control is one of the names below, or a regulariser of `reid-compare` with a strength, such as rotation=0.02.
+A control is one of the names below, a regulariser of `reid-compare` with a strength, such as rotation=0.02, or lars with a learning rate, such as lars=0.003.
 A row is added to FILE.csv after each training. Trainings that have a row are not repeated, so the command can be interrupted and given again, and a file may be moved to another machine.
 """
 import argparse, sys, time
-from functools import partial
 
 import pandas as pd
 import torch
 from fastai.callback.schedule import SchedCos, SchedNo
-from fastai.optimizer import Larc
+from fastai.optimizer import Optimizer, average_grad, larc_layer_lr, larc_step
 
 from options import add_set
 from rows import Rows
@@ -23,6 +22,12 @@ from reid_fastai.experiments import markdown_table
 from reid_fastai.runs import fit_run, load_splits, make_learner, result_figures
 
 def radians(cfg, lam): return (2*cfg.lr*lam)**.5
+
+def lars_rate(p, lr, **kwargs):
+    "The learning rate of an array in LARS; `lr` for vectors and for arrays of zeros, which would not move"
+    return larc_layer_lr(p, lr, clip=False, **kwargs) if p.ndim>1 and p.data.any() else dict(local_lr=lr)
+
+def lars(params, lr): return Optimizer(params, [average_grad, lars_rate, larc_step], lr=lr, mom=.9, trust_coeff=1., eps=1e-8, wd=0.)
 
 #: Control -> (what it is, function of (options, λ) that makes the callbacks, optimizer or None, other options)
 CONTROLS = {
@@ -36,7 +41,7 @@ CONTROLS = {
     'cosine': ('both, angle falls by a cosine', lambda c,l: [RotationControl(l, angle=SchedCos(radians(c, l), 0.))], None, {}),
     'even': ('both, constant angle, half of the highest', lambda c,l: [RotationControl(l, angle=SchedNo(radians(c, l)/2, radians(c, l)/2))], None, {}),
     'lamb': ('LAMB, without rotation control', lambda c,l: [], None, dict(l2='lamb', lr=3e-3)),
-    'lars': ('LARS, without rotation control', lambda c,l: [], partial(Larc, mom=.9, clip=False, trust_coeff=1.), dict(lr=1e-3)),
+    'lars': ('LARS, without rotation control', lambda c,l: [], lars, dict(lr=1e-3)),
     'adaptive rest': ('both, adaptive L2 for the other arrays', lambda c,l: [AutoL2(l)], None, {}),
     'constant rest': ('both, constant L2 for the other arrays', lambda c,l: [RotationControl(l), ConventionalL2(2.5e-3)], None, {}),
     'random none': ('random weights, no regularisation', lambda c,l: [], None, dict(pretrained='none')),
@@ -45,9 +50,10 @@ CONTROLS = {
 
 def control(name, cfg, lam):
     "The options and callbacks of a control, and its optimizer or None"
-    if '=' in name: return cfg.with_l2(name.split('=')[0], float(name.split('=')[1])),[],None
+    name,given,strength = name.partition('=')
+    if given and name!='lars': return cfg.with_l2(name, float(strength)),[],None
     _,cbs,opt_func,opts = CONTROLS[name]
-    return cfg.but(**opts),cbs(cfg, lam),opt_func
+    return cfg.but(**opts | (dict(lr=float(strength)) if given else {})),cbs(cfg, lam),opt_func
 
 def train(name, splits, cfg, lam, device):
     "Train one control → its figures, last epoch"

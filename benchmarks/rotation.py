@@ -1,4 +1,4 @@
-"The cost of rotation control beside a ResNet50 training step, and beside bare passes over the weights"
+"The cost of rotation control beside a training step of a ResNet50 or another network"
 import platform, time
 from statistics import median
 
@@ -26,6 +26,7 @@ def turn(ws, opt, per_channel):
 
 @call_parse
 def main(
+    arch:str='resnet50', # Network
     steps:int=5, # Training steps
     bs:int=16, # Images in the batch
     height:int=256, # Of the images, px
@@ -37,7 +38,7 @@ def main(
     torch.manual_seed(0)
     keep_freed_memory()
     print(f'torch {torch.__version__}, timm {timm.__version__}, {platform.processor() or platform.machine()}, {threads} threads, float32')
-    net,loss_func = build_reid_net('resnet50', 751, pretrained=False),ReIDLoss()
+    net,loss_func = build_reid_net(arch, 751, pretrained=False),ReIDLoss()
     x,pid = torch.rand(bs, 3, height, width),torch.arange(bs)//4
     found,names = secs(scale_invariant, net, x)
     ws = [p for n,p in net.named_parameters() if n in names]

@@ -10,7 +10,8 @@ class Rows(list):
     def __init__(self, file):
         check_writable(file)
         self.file = Path(file)
-        super().__init__(pd.read_csv(file).to_dict('records') if self.file.exists() else [])
+        rows = pd.read_csv(file).to_dict('records') if self.file.exists() else []
+        super().__init__({k: None if v!=v else v for k,v in row.items()} for row in rows)  # None is an empty cell, which pandas reads as NaN
 
     def has(self, **values):
         "Whether a row has these values"

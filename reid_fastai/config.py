@@ -141,11 +141,11 @@ RIVALS = dict(rotation=RotationControl, auto=AutoL2, decoupled=DecoupledL2, caut
 
 @patch
 def regularizer(self:RunConfig
-    ) -> list: # The callback of `l2`; empty for 'none'
+    ) -> list: # The callback of `l2`; for 'none' and 'lamb' one that only records the arrays
     "Callback of the chosen regulariser"
-    make = dict(adaptive=lambda: AdaptiveL2(self.amplitude), conventional=lambda: ConventionalL2(self.factor), annealed=lambda: AnnealedL2(self.curve), lamb=ArrayHistory)
+    make = dict(adaptive=lambda: AdaptiveL2(self.amplitude), conventional=lambda: ConventionalL2(self.factor), annealed=lambda: AnnealedL2(self.curve))
     if self.l2 in RIVALS: return [RIVALS[self.l2](*L(self.strength), **dict(amplitude=self.amplitude) if self.l2=='auto' else {})]
-    return [make[self.l2]()] if self.l2 in make else []
+    return [make.get(self.l2, ArrayHistory)()]
 
 @patch(as_prop=True)
 def optimizer(self:RunConfig) -> dict: # `opt_func` for `reid_learner`; empty for its default

@@ -267,12 +267,17 @@ def _label_ends(ax, ends, colors, gap=.08):
     down = max(0., below-1)  # part above the axis
     for k,y in at.items(): ax.annotate(k, (1.02, y-down), xycoords='axes fraction', color=colors[k], va='center', fontsize='small', annotation_clip=False)
 
+def _mean_lambda(h):
+    "Mean λ of the arrays that do not rotate, by epoch"
+    if 'rotates' in h: h = h[~h.rotates]
+    return h.groupby('epoch', as_index=False).lam.mean().rename(columns={'lam':'mean λ'})
+
 def plot_mean_lambda(
     histories:dict, # Arm -> `lambdas.csv` of its runs, as DataFrames
     ax:plt.Axes|None=None # Axis to draw on; None: a new one
 ) -> plt.Axes: # The axis
-    "Plot the mean λ over all arrays against the epoch, one line per run; each arm has its own colour and line style"
-    return plot_learning_curves({a: [h.groupby('epoch', as_index=False).lam.mean().rename(columns={'lam':'mean λ'}) for h in hs] for a,hs in histories.items()}, 'mean λ', ax)
+    "Plot the mean λ over the arrays that do not rotate against the epoch, one line per run; each arm has its own colour and line style"
+    return plot_learning_curves({a: [_mean_lambda(h) for h in hs] for a,hs in histories.items()}, 'mean λ', ax)
 
 @patch
 @by_leader

@@ -72,10 +72,11 @@ def turn_arrays(
     keep:str='both' # 'angle' to set the angle, 'norm' to restore the norm before the step, 'both' for both
 ):
     "Turn each array by a given angle from its old value towards the optimizer's result"
-    angles = angles.to(ws[0].device)
-    if ws[0].device.type=='cpu' and len(ws)>1:  # one at a time, so that an array stays in the cache
-        for i in range(len(ws)): turn_arrays(ws[i:i+1], olds[i:i+1], angles[i:i+1], per_channel, keep)
-        return
+    size = 1 if ws[0].device.type=='cpu' else len(ws)  # on a CPU one at a time, so that an array stays in the cache
+    for i in range(0, len(ws), size): _turn_together(ws[i:i+size], olds[i:i+size], angles[i:i+size].to(ws[0].device), per_channel, keep)
+
+def _turn_together(ws, olds, angles, per_channel, keep):
+    "`turn_arrays` with all arrays in one call"
     ds,os = ([_rows(w, per_channel) for w in o] for o in (ws, olds))
     n = [len(o) for o in ds]
     torch._foreach_sub_(ds, os)  # the weights now contain the step

@@ -246,7 +246,7 @@ def _write(out, learn, splits, cfg, results, res):
     save_ranked(results, *search_rows(splits), out/'ranked.png')
     if (cb := find_l2(learn)) and (cb.history.angle>0).any(): save_figure(learn.plot_angle_hist().figure, out/'angle_hist.png')
     if isinstance(cb, L2Callback):
-        lam = cb.history[lambda o: o.epoch==o.epoch.max()].lam
+        lam = cb.history[lambda o: (o.epoch==o.epoch.max()) & ~o.rotates].lam
         res.update(lambda_min=float(lam.min()), lambda_mean=float(lam.mean()), lambda_max=float(lam.max()), arrays=len(lam))
         save_figure(learn.plot_lambda_hist()[0].figure, out/'lambda_hist.png')
     atomic_write(out/'summary.md', run_summary(cfg, res))

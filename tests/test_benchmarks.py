@@ -92,6 +92,32 @@ def test_recipe(tmp_path):
         res = forked(*args, *bad, logs=tmp_path)
         assert res.returncode==1 and words in res.stderr and 'Traceback' not in res.stderr
 
+def test_rows_of_a_value_that_is_none(tmp_path, monkeypatch):
+    "A CSV file holds None as an empty cell"
+    monkeypatch.syspath_prepend(root/'benchmarks')
+    from rows import Rows
+    Rows(tmp_path/'r.csv').add(dict(control='none', steps=None))
+    Rows(tmp_path/'r.csv').check_same(control='none', steps=None)
+    with pytest.raises(ValueError, match='steps=None, but this call has 3'): Rows(tmp_path/'r.csv').check_same(steps=3)
+
+def test_lars_moves_arrays_of_zeros(monkeypatch):
+    "They and vectors take the plain step, kernels one in proportion to their norm; `lars=LR` is another learning rate"
+    from reid_fastai.config import RunConfig
+    monkeypatch.syspath_prepend(root/'benchmarks')
+    control = runpy.run_path(str(root/'benchmarks'/'controls.py'))['control']
+    cfg,_,opt_func = control('lars=0.5', RunConfig(l2='none'), .01)
+    assert cfg.lr==.5 and control('lars', cfg, .01)[0].lr==1e-3
+    ps = [torch.nn.Parameter(o) for o in (torch.zeros(2, 2), torch.tensor([3.,4.]), torch.full((2,2), 2.))]
+    for p in ps: p.grad = torch.full_like(p, .5)
+    olds = [p.detach().clone() for p in ps]
+    opt_func(ps, lr=.1).step()
+    for p,o,step in zip(ps, olds, (.05,.05,.2)): assert torch.allclose(o-p, torch.full_like(o, step))
+
+def test_cost_of_rotation_control(tmp_path):
+    res = forked('benchmarks/rotation.py', *'--arch test_resnet --height 32 --width 32 --bs 8 --steps 1 --threads 1'.split(), logs=tmp_path)
+    assert res.returncode==0 and ' scale-invariant arrays of ' in res.stdout, res.stderr[-800:]
+    for how in ('array','channel'): assert f'per {how}: ' in res.stdout
+
 def test_held_out_ranking_beside_the_test_ranking(tmp_path):
     "The rank correlation over models whose held-out figures are given"
     import pandas as pd

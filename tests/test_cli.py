@@ -55,7 +55,8 @@ def test_eval_gives_the_figures_of_the_run(run):
 @pytest.mark.parametrize('kw', [dict(l2='conventional', factor=1e-3), dict(l2='none')])
 def test_other_regularisers(kw, data, tmp_path):
     out = reid_train(data, out=tmp_path/'r', **{**tiny_args, 'epochs':1}, **kw)
-    assert (out/'lambdas.csv').exists()==(kw['l2']!='none')
+    h = pd.read_csv(out/'lambdas.csv')
+    assert (h.angle[h.epoch==1]>0).any() and (h.lam==0).all()==(kw['l2']=='none') and (out/'angle_hist.png').exists()
 
 @pytest.mark.parametrize('args,words', [
     (['/no/such/folder'], 'does not exist'), (['--arch', 'resnet5o'], "'resnet50"), (['--amplitude', '0'], 'amplitude: got 0.0'),

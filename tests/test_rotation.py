@@ -7,12 +7,14 @@ from fastai.basics import *
 from fastai.callback.all import *
 from torch import nn
 
+from reid_fastai.callback import rotation as rotation_module
 from reid_fastai.callback.arrays import ArrayHistory
 from reid_fastai.callback.history import *
 from reid_fastai.callback.regularizer import *
 from reid_fastai.callback.rotation import *
 from reid_fastai.regularizers import *
 from reid_fastai.rotation import *
+from reid_fastai.rotation import _turn_together
 
 for o in [o for o in globals() if o.startswith('test')]: del globals()[o]
 
@@ -42,6 +44,20 @@ def test_rule_against_the_formula(keep, per_channel, layout):
     turn_arrays(ws := [n.clone() for n in news], olds, angles, per_channel, keep)
     for w,x,o in zip(ws, want, olds): assert (w-x).abs().max()<5e-6*o.abs().max()
     if keep!='norm': assert torch.allclose(turned_angles(ws, olds, per_channel), angles.double(), rtol=1e-4, atol=1e-7)
+
+@pytest.mark.parametrize('keep', KEEPS)
+@pytest.mark.parametrize('per_channel', [False, True])
+def test_arrays_together_as_on_a_gpu(keep, per_channel):
+    "On a CPU arrays turn one by one, on a GPU all in one call"
+    torch.manual_seed(0)
+    olds = [torch.randn(s) for s in shapes[:4]]
+    olds[0] = olds[0].to(memory_format=torch.channels_last)
+    olds[1][3] = 0.
+    news = [o+1e-2*torch.randn_like(o) for o in olds]
+    angles = torch.linspace(1e-3, .1, len(olds))
+    turn_arrays(one := [n.clone() for n in news], olds, angles, per_channel, keep)
+    _turn_together(whole := [n.clone() for n in news], olds, angles, per_channel, keep)
+    for a,b,n in zip(one, whole, news): assert torch.allclose(a, b, rtol=1e-6, atol=1e-7) and not torch.equal(a, n)
 
 def test_norm_does_not_drift():
     "Over many steps; an error of one part in a million a step would be seen"
@@ -125,16 +141,39 @@ class Watch(Callback):
 
 opts = dict(adam=Adam, sgd=partial(SGD, mom=.9), lamb=Lamb, fused=partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True)), ranger=ranger)
 @pytest.mark.parametrize('opt', opts)
-def test_equal_angles_with_any_optimizer(opt):
-    learn = learner(RotationControl(.1), Watch(), opt_func=opts[opt])
+def test_equal_angles_with_any_optimizer(opt): check_equal_angles(opts[opt])
+
+def check_equal_angles(opt_func):
+    "Each array that turns has the angle of its group's learning rate and its first norm"
+    learn = learner(RotationControl(.1), Watch(), opt_func=opt_func)
     norms = {n: p.detach().norm().item() for n,p in learn.model.named_parameters()}
     df = fit(learn, 2, 'fit_one_cycle', slice(1e-3,1e-2)).watch.df
     assert learn.rotation_control.names==turning
     for i,n in enumerate(turning):
         o = df[df.name==n]
-        assert len(o)==8 and np.allclose(o.angle, [(2*.1*lrs[i])**.5 for lrs in o.lrs], rtol=1e-3), n
-        assert np.allclose(o.norm, norms[n], rtol=1e-6)
+        assert len(o)==8 and np.allclose(o.angle, [(2*.1*lrs[i])**.5 for lrs in o.lrs], rtol=1e-3), f'angle of {n}'
+        assert np.allclose(o.norm, norms[n], rtol=1e-6), f'norm of {n}'
     assert df[df.name=='4.weight'].norm.nunique()==8, 'the last layer takes the plain step'
+
+def unprojected(ws, olds, angles, *args):
+    "Turns towards the whole step instead of its part orthogonal to the array"
+    for w,o,a in zip(ws, olds, angles.tolist()):
+        d,norm = w-o,o.norm()
+        w.data.copy_(np.cos(a)*o + np.sin(a)*norm*d/d.norm())
+        w.data.mul_(norm/w.data.norm())
+
+def other_norm(ws, olds, angles, per_channel, keep): turn_arrays(ws, olds, angles, per_channel, 'angle')
+
+def last_rate(self):
+    "The learning rate of the last group for all arrays"
+    return dict.fromkeys(ArrayHistory._lrs(self), self.opt.hypers[-1]['lr'])
+
+@pytest.mark.parametrize('where,name,fault,words', [
+    (rotation_module, 'turn_arrays', unprojected, 'angle of'), (rotation_module, 'turn_arrays', other_norm, 'norm of'), (RotationControl, '_lrs', last_rate, 'angle of')])
+def test_equal_angles_finds_faults(where, name, fault, words, monkeypatch):
+    "The check above fails with a faulty rule or learning rate"
+    monkeypatch.setattr(where, name, fault)
+    with pytest.raises(AssertionError, match=words): check_equal_angles(Adam)
 
 @pytest.mark.parametrize('kw,want', [(dict(angle='linear'), lambda lr, t: .1*lr), (dict(angle=SchedCos(.01, 0.)), lambda lr, t: .005*(1+np.cos(np.pi*t)))])
 def test_other_angles(kw, want):
@@ -178,7 +217,7 @@ def test_lr_find_leaves_no_trace():
 
 def test_finding_changes_no_training():
     "Weights after training with `keep` of nothing that turns equal those without the callback"
-    a,b = fit(learner(RotationControl(exclude='*.weight', arrays='4.bias')), 2),fit(learner(), 2)
+    b = fit(learner(wd=0.), 2)
     class Find(RotationControl):
         def _find(self): super()._find(); return []
     c = fit(learner(Find()), 2)
@@ -208,6 +247,57 @@ def test_beside_adaptive_l2(make):
     o = learn.watch.df.query("name=='1.weight'")
     assert np.allclose(o.angle, (2*.1*1e-2)**.5, rtol=1e-3) and np.allclose(o.norm, o.norm.iloc[0], rtol=1e-6)
 
+@pytest.mark.parametrize('once', [True, False])
+def test_a_later_fit_without_rotation_spares_nothing(once):
+    "After `fit(cbs=RotationControl())` or `remove_cb`, the arrays that turned are penalised again; the history tells the epochs apart"
+    learn = fit(learner(AdaptiveL2(.1)), 1, 'fit', 1e-2)
+    if not once: learn.add_cb(RotationControl(.1))
+    fit(learn, 1, 'fit', 1e-2, cbs=RotationControl(.1) if once else None)
+    if not once: learn.remove_cb(RotationControl)
+    fit(learn, 1, 'fit', 1e-2)
+    h = learn.adaptive_l2.history
+    start,before,turned,after = (h[(h.epoch==e) & h.name.isin(turning)] for e in range(4))
+    assert turned.rotates.all() and not h[h.epoch!=2].rotates.any() and (turned.lam==0).all()
+    assert (start.lam.values>before.lam.values).all() and (before.theta.values==turned.theta.values).all() and (after.theta.values<turned.theta.values).all() and (after.lam>0).all()
+    last = h[h.epoch==3]
+    assert learn.adaptive_l2.penalty().item()==pytest.approx((last.lam*last.sq_norm).sum(), rel=1e-5)
+
+def test_auto_has_one_exclude():
+    "An excluded array is neither turned nor penalised"
+    learn = fit(learner(AutoL2(.1, .1, exclude='1.weight'), Watch()), 1, 'fit', 1e-2)
+    df = learn.watch.df
+    assert learn.rotation_control.names==['0.0.weight'] and '1.weight' not in set(learn.auto_l2.history.name)
+    assert df[df.name=='1.weight'].norm.nunique()==4 and np.allclose(df[df.name=='0.0.weight'].angle, (2*.1*1e-2)**.5, rtol=1e-3)
+
+def decays(learn): return {h['wd'] for h in learn.opt.hypers}
+
+@pytest.mark.parametrize('kw,wd', [({}, 0.), (dict(wd=.1), .1), (dict(opt_func=partial(Adam, wd=.2)), .2), (dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)), 0.)])
+def test_default_decay_is_left_out(kw, wd):
+    "A chosen decay remains"
+    assert decays(fit(learner(RotationControl(.1), **kw)))=={wd}
+
+def test_decay_of_an_existing_optimizer():
+    learn = fit(learner())
+    before = learn.opt_func
+    assert decays(learn)=={.01} and decays(fit(learn, cbs=RotationControl(.1)))=={0.} and learn.opt_func is before
+    assert decays(fit(learn, cbs=RotationControl(.1), wd=.01))=={.01}
+
+def test_history_is_restored_before_a_fit():
+    "As for a run that was interrupted after its last epoch"
+    h = fit(learner(RotationControl(.1))).rotation_control.history
+    cb = learner(RotationControl(.1)).rotation_control
+    cb.restore_history(h)
+    pd.testing.assert_frame_equal(cb.history, h)
+
+def test_figures_of_lambda_leave_out_what_turns():
+    from reid_fastai.experiments import plot_mean_lambda
+    learn = fit(learner(AutoL2(.1, .1)), 2, 'fit', 1e-2)
+    h = learn.auto_l2.history
+    free = h[~h.rotates]
+    assert np.allclose(plot_mean_lambda({'auto': [h]}).lines[0].get_ydata(), free.groupby('epoch').lam.mean())
+    axs = learn.plot_lambda_hist()
+    assert axs[0].get_title()=='kernel (N = 1)' and f'{2000*free.lam[free.epoch==2].min():.0f} % of A/2' in axs[0].figure.get_suptitle()
+
 def test_auto_is_removed_whole():
     learn = fit(learner(AutoL2(.1, .1)))
     cbs = learn.auto_l2
@@ -234,3 +324,7 @@ def test_resume_to_the_last_digit(tmp_path, interrupted):
     interrupted(tmp_path/'cut', splits, cfg, 1)
     train_run(tmp_path/'cut', splits, cfg)
     for f in ('lambdas.csv','model.safetensors'): assert (tmp_path/'whole'/f).read_bytes()==(tmp_path/'cut'/f).read_bytes(), f
+    lam = pd.read_csv(tmp_path/'whole'/'lambdas.csv').query('epoch==2 and not rotates').lam
+    res = train_run(tmp_path/'whole', splits, cfg)
+    assert np.allclose([res['lambda_min'],res['lambda_mean']], [lam.min(),lam.mean()]) and res['arrays']==len(lam)
+    assert f'over {len(lam)} parameter arrays' in (tmp_path/'whole'/'summary.md').read_text()

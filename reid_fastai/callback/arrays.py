@@ -20,13 +20,31 @@ from ..rotation import turned_angles
 class ArrayHistory(PlainErrors, Callback):
     "Record the norm of all parameter arrays and the angle by which a step turns them"
     order,run_valid,every = 200,False,10  # `every`: steps from one measurement to the next
+    turns = False  # whether the callback turns arrays
     regularizer = None  # gives names, kinds, arrays, λ and norms
+    _learn = None
     def __init__(self): self._epochs = []
+
+    @property
+    def learn(self): return self._learn
+    @learn.setter
+    def learn(self, learn):
+        if learn is None: self._detach()
+        else: self._attach(learn)
+
+    def _attach(self, learn): self._learn = learn
+    def _detach(self): self._learn = None
 
     def _build(self, learn):
         if [*map(id, getattr(self.regularizer, 'arrays', []))]!=[*map(id, (new := L2Regularizer(learn.model, 0.)).arrays)]: self.regularizer = new
 
-    def before_fit(self): self._build(self.learn)
+    def before_fit(self):
+        self._build(self.learn)
+        self._unspare()
+
+    def _unspare(self):
+        "Forget the arrays that `RotationControl` turned in an earlier fit, if it is not in this one"
+        if not any(cb.turns for cb in self.learn.cbs if isinstance(cb, ArrayHistory)): self.regularizer.spared = ()
 
     def before_step(self):
         self._before = [w.detach().clone() for w in self.regularizer.arrays] if self._steps%self.every==0 else None
@@ -44,14 +62,15 @@ class ArrayHistory(PlainErrors, Callback):
         self._before = None
 
 # %% ../../nbs/11a_callback.arrays.ipynb #4f7c4d7e
-_cols = 'theta','lam','sq_norm','angle'
+_cols = 'theta','lam','sq_norm','angle','rotates'
 
 @patch
 def _note(self:ArrayHistory):
     r = self.regularizer
     theta = getattr(r, 'theta', torch.full_like(r.lambdas(), torch.nan))
     angle = torch.stack(self._angles).mean(0) if self._angles else torch.full_like(theta, torch.nan)
-    self._epochs.append([o.detach().float().cpu().numpy().copy() for o in (theta, r.lambdas(), r.sq_norms(), angle)])  # copies: training goes on in place
+    rotates = torch.tensor([n in r.spared for n in r.names])
+    self._epochs.append([o.detach().float().cpu().numpy().copy() for o in (theta, r.lambdas(), r.sq_norms(), angle, rotates)])  # copies: training goes on in place
 
 @patch
 def before_train(self:ArrayHistory):
@@ -60,27 +79,26 @@ def before_train(self:ArrayHistory):
 
 @patch
 def after_train(self:ArrayHistory):
-    if not hasattr(self.learn, 'lr_finder'): self._note()
-
-@patch
-def _about(self:ArrayHistory):
-    "Columns that describe the arrays"
-    r = self.regularizer
-    return dict(name=r.names, kind=r.kinds, rotates=[n in r.spared for n in r.names]) if r else dict(name=[], kind=[], rotates=[])
+    if hasattr(self.learn, 'lr_finder'): return
+    self._note()
+    if len(self._epochs)==2: self._epochs[0][-1] = self._epochs[1][-1]  # the arrays that turn are found after the start, in the first batch
 
 @patch(as_prop=True)
 def history(self:ArrayHistory
-    ) -> pd.DataFrame: # Columns: epoch (0 is the start), name, kind, theta (NaN if λ is fixed), lam, sq_norm, angle (radians per step, mean over the epoch), rotates (whether `RotationControl` turns the array)
+    ) -> pd.DataFrame: # Columns: epoch (0 is the start), name, kind, theta (NaN if λ is fixed), lam, sq_norm, angle (radians per step, mean over the epoch), rotates (whether `RotationControl` turned the array in the epoch)
     "Table with one row per array and epoch"
-    ids = self._about()
-    df = pd.concat([pd.DataFrame(dict(epoch=i, **ids, **dict(zip(_cols, o)))) for i,o in enumerate(self._epochs)]
-                   or [pd.DataFrame(columns=['epoch',*ids,*_cols])], ignore_index=True)
-    return df.assign(lam=df.lam.where(~df.rotates.astype(bool), 0.))[['epoch','name','kind',*_cols,'rotates']]
+    r = self.regularizer
+    df = pd.concat([pd.DataFrame(dict(epoch=i, name=r.names, kind=r.kinds, **dict(zip(_cols, o)))) for i,o in enumerate(self._epochs)]
+                   or [pd.DataFrame(columns=['epoch','name','kind',*_cols])], ignore_index=True)
+    rotates = df.rotates.astype(bool)
+    return df.assign(lam=df.lam.where(~rotates, 0.), rotates=rotates)
 
 @patch
 def restore_history(self:ArrayHistory,
     df:pd.DataFrame # `history` of an earlier run of the same model, possibly read from a file
 ):
     "Continue the table of an earlier run"
+    if self.regularizer is None: self._build(self.learn)
+    df = df.assign(rotates=df.get('rotates', False))
     self._epochs = [[o[c].to_numpy('float32') if c in o else np.full(len(o), np.nan, 'float32') for c in _cols] for _,o in df.groupby('epoch')]
-    if self.regularizer and 'rotates' in df: self.regularizer.spared = {*df.name[df.rotates]}
+    self.regularizer.spared = {*df.name[df.rotates & (df.epoch==df.epoch.max())]}

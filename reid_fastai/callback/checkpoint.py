@@ -95,7 +95,7 @@ def load(self:Checkpoint
     if (state := by_leader(self._read)()) is None: return 0
     self.state = state
     self.rows,lambdas = self.state['rows'],self.state['lambdas']
-    if cb := find_l2(self.learn): cb.restore_history(pd.read_csv(StringIO(lambdas)))
+    if lambdas and (cb := find_l2(self.learn)): cb.restore_history(pd.read_csv(StringIO(lambdas)))
     self.learn.model.load_state_dict(self.state['model'])
     self.write_tables(lambdas)
     return len(self.rows)

@@ -22,6 +22,12 @@ def _check_history(history):
     if history.epoch.nunique()<2: raise ValueError(f'The history has {history.epoch.nunique()} epochs, needed at least 2 (the start and one more). Call `fit` first.')
     return [k for k in KINDS if (history.kind==k).any()]
 
+def _penalised(history):
+    "Rows of the arrays that do not rotate at the end; all rows if every array rotates, or if the table has no such column"
+    if 'rotates' not in history: return history
+    turned = history.name[history.rotates.astype(bool) & (history.epoch==history.epoch.max())]
+    return history[~history.name.isin(turned)] if turned.nunique()<history.name.nunique() else history
+
 def _of_kind(amplitude, kind): return amplitude.get(kind) if isinstance(amplitude, dict) else amplitude
 
 def _lam_range(lam):
@@ -37,7 +43,8 @@ def plot_lambda_hist(
     bins:int|None=None, # Bins of a histogram; None: one for every three arrays of the largest kind, 8 to 24
     axs:np.ndarray|None=None # One axis per kind; a new figure if None
 ) -> np.ndarray: # Array of axes, one per kind
-    "Plot a histogram of λ for each epoch, one panel per kind of array; the axis spans the λ that occurred"
+    "Plot a histogram of λ for each epoch, one panel per kind of array, without arrays that rotate; the axis spans the λ that occurred"
+    history = _penalised(history)
     kinds,n = _check_history(history),history.epoch.max()
     bins = ifnone(bins, int(np.clip(max(history.name[history.kind==k].nunique() for k in kinds)/3, 8, 24)))
     if axs is None: axs = plt.subplots(1, len(kinds), figsize=(1.6+2.3*len(kinds), 3), sharey=not isinstance(amplitude, dict), layout='constrained')[1]

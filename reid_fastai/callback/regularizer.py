@@ -23,26 +23,19 @@ from ..regularizers import *
 class L2Callback(ArrayHistory):
     "Base class: adds the penalty of a regulariser to the loss that is differentiated"
     order,run_valid = GradientAccumulation.order-1,False  # the penalty must be added before accumulation divides the loss
-    _learn,_metric = None,None
+    _metric = None
     def __init__(self,
         **kwargs # Arguments of the regulariser: its strength and `exclude`
     ):
         super().__init__()
         self.kwargs = kwargs
 
-    @property
-    def learn(self): return self._learn
-    @learn.setter
-    def learn(self, learn):
-        if learn is None: self._detach()
-        else: self._attach(learn)
-
     def _attach(self, learn):
         if other := first(cb for cb in learn.cbs if isinstance(cb, L2Callback) and cb is not self):
             raise ValueError(f'{self} was added to a Learner that has {other} already. There would be two penalties on the same weights. Remove one with `remove_cb`.')
-        if learn.wd: _refuse_wd(learn.wd)
-        opt_func = _without_wd(learn.opt_func)
-        if learn.opt is not None: _drop_default_wd(learn.opt)
+        if wd := _chosen_wd(learn): _refuse_wd(wd)
+        opt_func = _without_wd(learn.opt_func, _drop_wd)
+        if learn.opt is not None: _drop_wd(learn.opt)
         self._build(learn)
         self._restore = learn.opt_func,learn.splitter
         learn.opt_func,learn.splitter,self._learn = opt_func,_ThetaLast(learn.splitter),learn
@@ -83,6 +76,7 @@ def _join(self:L2Callback):
 @patch
 def before_fit(self:L2Callback):
     self._build(self.learn)
+    self._unspare()
     self._join()
     if self.opt is not None and (wd := max(h.get('wd') or 0 for h in self.opt.hypers)):  # `validate` runs without an optimizer
         self.opt.set_hypers(wd=0.)  # the decay given to this `fit` must not remain for the next
@@ -161,26 +155,31 @@ def _refuse_wd(wd):
     raise ValueError(f'Weight decay {wd} was chosen together with an L2 penalty. Decay would also pull θ to 0 and every λ to A/2. '
                      'Leave `wd` out or set it to 0 (`learn.opt.set_hypers(wd=0.)` for an existing optimizer). For constant L2 use `ConventionalL2`; its factor is half of a coupled decay.')
 
-def _chosen_wd(opt_func):
+def _bound_wd(opt_func):
     "Weight decay that was bound to `opt_func` with `partial`"
     kw = getattr(opt_func, 'keywords', {})
-    return kw.get('wd') or kw.get('weight_decay') or (_chosen_wd(kw['opt']) if 'opt' in kw else None)
+    return kw.get('wd') or kw.get('weight_decay') or (_bound_wd(kw['opt']) if 'opt' in kw else None)
+
+def _chosen_wd(learn): return learn.wd or _bound_wd(learn.opt_func)
 
 def _drop_default_wd(opt):
-    "Set the decay of `opt` to 0 if it is a default; raise `ValueError` otherwise"
+    "Set the decay of `opt` to 0 if it is a default"
     wds = {h.get('wd') or 0 for h in opt.hypers}
-    if odd := wds-{0, _default_wd}: _refuse_wd(max(odd))
-    if wds!={0}: opt.set_hypers(wd=0.)
+    if wds!={0} and wds<={0, _default_wd}: opt.set_hypers(wd=0.)
     return opt
 
-def _undecayed(opt_func, *args, **kwargs): return _drop_default_wd(opt_func(*args, **kwargs))
+def _drop_wd(opt):
+    "Set the decay of `opt` to 0 if it is a default; raise `ValueError` otherwise"
+    if wd := max(h.get('wd') or 0 for h in _drop_default_wd(opt).hypers): _refuse_wd(wd)
+    return opt
 
-def _without_wd(opt_func):
-    "`opt_func` without default decay; a `partial` with the same keywords, because `Learner` reads `lr` from them"
-    if wd := _chosen_wd(opt_func): _refuse_wd(wd)
+def _undecayed(drop, opt_func, *args, **kwargs): return drop(opt_func(*args, **kwargs))
+
+def _without_wd(opt_func, drop):
+    "`opt_func` followed by `drop`; a `partial` with the same keywords, because `Learner` reads `lr` from them"
     if isinstance(opt_func, OptimWrapper): return opt_func
     f = opt_func if isinstance(opt_func, partial) else partial(opt_func)
-    return partial(_undecayed, f.func, *f.args, **f.keywords)
+    return partial(_undecayed, drop, f.func, *f.args, **f.keywords)
 
 # %% ../../nbs/12_callback.regularizer.ipynb #dc197440
 class ConventionalL2(L2Callback):

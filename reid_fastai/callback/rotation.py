@@ -14,6 +14,7 @@ from fastcore.all import *
 
 from .arrays import ArrayHistory
 from .regularizer import *
+from .regularizer import _chosen_wd,_drop_default_wd,_without_wd
 from ..distributed import by_leader
 from ..regularizers import *
 from ..rotation import *
@@ -21,8 +22,8 @@ from ..rotation import *
 # %% ../../nbs/12a_callback.rotation.ipynb #b63a4682
 class RotationControl(ArrayHistory):
     "Turn scale-invariant arrays by a given angle at each optimizer step and keep their norms"
-    order = 100  # after the callbacks that clip gradients or skip steps
-    names,_olds = None,None  # names of the arrays to turn, None until they are found; copies of those arrays before a step
+    order,turns = 100,True  # after the callbacks that clip gradients or skip steps
+    names,_olds = None,None  # names: of the arrays to turn, None until they are found; _olds: copies of those arrays before a step
     def __init__(self,
         lam:float=.01, # λ > 0, which sets the angle
         angle:str|Callable='sqrt', # 'sqrt' for √(2ηλ) radians per step, 'linear' for ηλ, or a function of the fraction of the fit done, such as `SchedCos(.01, 0)`
@@ -37,6 +38,17 @@ class RotationControl(ArrayHistory):
         if not callable(angle) and angle not in ('sqrt','linear'): raise ValueError(f"angle={angle!r}: needed 'sqrt', 'linear' or a schedule such as SchedCos(.01, 0).")
         if keep not in KEEPS: raise ValueError(f'keep={keep!r}: it must be one of {list(KEEPS)}.')
         store_attr()
+
+    def _attach(self, learn):
+        super()._attach(learn)
+        self._given = self._used = learn.opt_func
+        if _chosen_wd(learn): return
+        if learn.opt is not None: _drop_default_wd(learn.opt)
+        self._used = learn.opt_func = _without_wd(learn.opt_func, _drop_default_wd)
+
+    def _detach(self):
+        if self._learn is not None and self._learn.opt_func is self._used: self._learn.opt_func = self._given
+        super()._detach()
 
     def _radians(self, lr): return self.angle(self.pct_train) if callable(self.angle) else math.sqrt(2*lr*self.lam) if self.angle=='sqrt' else lr*self.lam
 
@@ -107,11 +119,11 @@ class AutoL2(AdaptiveL2):
     def __init__(self,
         lam:float=.01, # λ of the rotation, √(2ηλ) radians per step
         amplitude:float|dict=5e-3, # A of adaptive L2
-        exclude:str|list=(), # Kinds, or names with wildcards, of arrays to leave out of the penalty
+        exclude:str|list=(), # Kinds, or names with wildcards, of arrays neither to turn nor to penalise
         **kwargs # Other arguments of `RotationControl`
     ):
         super().__init__(amplitude, exclude)
-        self.rotation = RotationControl(lam, **kwargs)
+        self.rotation = RotationControl(lam, exclude=exclude, **kwargs)
 
     def _attach(self, learn):
         super()._attach(learn)
