@@ -32,6 +32,7 @@ from .data.datasets import *
 from .data.synthetic import *
 from .distributed import *
 from .evaluation.all import *
+from .evaluation.verification import _check_far,_check_rate
 from .experiments import *
 from .export import *
 from .files import *
@@ -128,9 +129,18 @@ def _queries(results, splits, df):
 
 _verification = [f'verification.{o}' for o in ('json','csv','png')]
 
-def _verify(pairs, folder, file, data, flip):
+@by_leader
+def _check_thresholds(path, file):
+    "Raise `ValueError` if `path` has thresholds of another model than `file`"
+    try: old = read_json(path).get('model')
+    except ValueError: return  # missing or damaged: there is nothing to lose
+    if isinstance(old, str) and old!=(new := checksum(read_bytes(file))):
+        raise ValueError(f'{brief(path, 60)} has thresholds of another model (SHA-256 {old[:8]}…) than {brief(file, 60)} ({new[:8]}…). '
+                         'Name another folder with `--out`, or move that file first.')
+
+def _verify(pairs, folder, file, data, flip, far):
     "Print thresholds and error rates, and store them in `folder`"
-    table,searches = pairs.save(folder, file, data, flip=flip),pairs.open_set()
+    table,searches = pairs.save(folder, file, data, flip, far),pairs.open_set()
     print(f'\nSame or not: {pairs}\n{table.round(4)}')
     if len(searches): print(f'\nSame or not, for a search whose person may be missing:\n{searches.round(4)}')
     save_figure(pairs.plot().figure, folder/'verification.png')
@@ -144,6 +154,7 @@ def reid_eval(
     metric:str='cosine', # 'cosine' or 'euclidean'
     rerank:bool=False, # Also evaluate after k-reciprocal re-ranking (k1 20, k2 6, λ 0.3)
     verify:bool=False, # Also compute thresholds for "same person or not": verification.json, .csv and .png in `--out`, or in the model's folder
+    far:Annotated[float, {'nargs':'+'}, "False accept rates of `--verify` in addition to 0.01, 0.001, 0.0001 and 0.00001"]=None,
     out:str=None, # Folder for the metrics (evaluation.json) and a figure of some ranked lists (ranked.png)
     csv:str=None, # CSV file for a table of the queries: AP and INP in per cent, first hit, number of matches
     features:str=None, # File of embeddings; it is read if it exists, and written otherwise
@@ -155,10 +166,13 @@ def reid_eval(
     if os.path.isdir(run) and os.path.exists(Path(run)/'config.json'): read_results(run)
     read_meta(file)
     check_metric(metric)
+    L(far).map(_check_rate)
+    if far is not None and not verify: raise ValueError(f'--far {" ".join(map(str, L(far)))}: thresholds are computed only with `--verify`. Add it, or leave `--far` out.')
     device = chosen_device(device)
     if data is None: data = _trained_on(file)
     shown = Path(ifnone(out, file.parent))
     check_outputs({'csv': csv, 'features': features, **{o: shown/o for o in _verification if verify}}, {'the model': file, **({'the dataset': data} if data!='synthetic' else {})})
+    if verify: _check_thresholds(shown/'verification.json', file)
     if out: check_folder(out, 'evaluation.json')
     with _quietly(quiet):
         check_search(splits := load_splits(data))
@@ -169,12 +183,14 @@ def reid_eval(
         if rerank:
             found.append(found[0].rerank())
             print(f'\nre-ranked: {found[1]}')
-        if verify: pairs = found[0].verification()
+        if verify:
+            pairs = found[0].verification()
+            for o in L(far): _check_far(o, pairs.n_nonmatch, 'non-matching pairs')
         if csv: atomic_write(csv, _queries(found[-1], splits, df).to_csv(index=False))
         if out:
             write_json(Path(out)/'evaluation.json', dict(result_figures(found[0]), model=str(file), data=data, metric=metric, flip=flip, **({'reranked': result_figures(found[1])} if rerank else {})))
             by_leader(save_ranked)(found[-1], df, files, Path(out)/'ranked.png')
-        if verify: _verify(pairs, shown, file, data, flip)
+        if verify: _verify(pairs, shown, file, data, flip, far)
     return found[-1]
 
 def _trained_on(file):

@@ -15,7 +15,7 @@ import torch
 from fastcore.all import *
 from PIL import Image
 from . import __version__
-from .core import brief,check_int,progress
+from .core import brief,check_int,free_memory,progress
 from .data.boxes import _box,_columns,_floats,_name_of,check_boxes,column_values,crop_boxes
 from .evaluation.distances import as_feats,check_metric
 from .evaluation.nearest import nearest
@@ -164,7 +164,13 @@ def _load(self:Gallery):
     with _database(self.path):
         self.table.checkout_latest()
         version,n = self.table.version,self.table.count_rows()
-        if self._read and self._read[0]==version: return self._read[1:]
+    if self._read and self._read[0]==version: return self._read[1:]
+    self._read = None  # frees the former embeddings
+    need,free = 4*n*self.meta['n_features'],free_memory()
+    if free is not None and need>free:
+        raise ValueError(f'{brief(self.path, 80)}: an exact search holds {n} embeddings in memory, {need/1e9:.1f} GB; {free/1e9:.1f} GB are free. '
+                         'Search with the index: `reid-search --index`, or `index()` and `search(exact=False)`.')
+    with _database(self.path):
         v,ids,done,at = np.empty((n, self.meta['n_features']), np.float32),np.empty(n, np.int64),0,[]
         for b in self.table.search().select(['vector','proof']).with_row_id(True).limit(None).to_batches():
             part = slice(done, done := done+b.num_rows)

@@ -80,17 +80,18 @@ def read_threshold(
 ) -> float: # Threshold, a distance
     "Read a threshold that `reid-eval --verify` has measured for a model"
     file = Path(model).with_name('verification.json')
-    if not file.exists(): raise ValueError(f'{brief(file, 100)} does not exist, so no threshold is known. Measure it: reid-eval {brief(file.parent, 80)} --verify')
+    cmd = f'reid-eval {brief(file.parent if Path(model).name=="model.safetensors" else model, 60)}'
+    if not file.exists(): raise ValueError(f'{brief(file, 100)} does not exist, so no threshold is known. Measure it: {cmd} --verify')
     v = read_json(file)
-    again = f'Measure it anew: reid-eval {brief(file.parent, 60)} --verify'
-    if v.get('model')!=sha256: raise ValueError(f'{brief(file, 100)} is of another model than the gallery. {again}')
-    if v.get('metric')!=metric: raise ValueError(f'{brief(file, 90)} has thresholds for {brief(v.get("metric"), 20)} distances, and the gallery has {metric}. {again} --metric {metric}')
+    if v.get('model')!=sha256: raise ValueError(f'{brief(file, 100)} is of another model than the gallery. Move it to another folder, and measure anew: {cmd} --verify')
+    again = ' '.join(L(cmd, v.get('data') and brief(v['data'], 60), '--verify', not v.get('flip', True) and '--no-flip', metric!='cosine' and f'--metric {metric}').filter())
+    if v.get('metric')!=metric: raise ValueError(f'{brief(file, 90)} has thresholds for {brief(v.get("metric"), 20)} distances, and the gallery has {metric}. Measure it anew: {again}')
     try:
         known = {float(k): float(o['threshold']) for k,o in v['thresholds'].items()}
         far = float(far)
-    except (KeyError, TypeError, ValueError, AttributeError): raise ValueError(f'{brief(file, 100)} holds no thresholds. {again}') from None
+    except (KeyError, TypeError, ValueError, AttributeError): raise ValueError(f'{brief(file, 100)} holds no thresholds. Measure it anew: {again}') from None
     if (res := first(t for k,t in known.items() if np.isclose(k, far, rtol=1e-6, atol=0))) is None:
-        raise ValueError(f'far={far:g}: {brief(file, 100)} has thresholds for {", ".join(f"{o:g}" for o in known)}. Choose one of them.')
+        raise ValueError(f'far={far:g}: {brief(file, 50)} has thresholds for {", ".join(f"{o:g}" for o in known)}. Choose one of them, or measure it: {again} --far {far}')
     if not np.isfinite(res): raise ValueError(f'far={far:g}: too few pairs were measured for a threshold at this rate. Choose a higher one of {", ".join(f"{o:g}" for o in known)}.')
     return res
 
@@ -154,9 +155,9 @@ def _repr_png_(self:SearchResults):
     return b.getvalue()
 
 # %% ../nbs/18d_search_results.ipynb #88727304
-_css = '''body{font:15px/1.4 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;color:#222;background:#fff}
+_css = '''body{font:15px/1.4 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;color:#222;background:#fff;overflow-wrap:anywhere}
 h1{font-size:1.4rem}section{border-top:1px solid #ccc;padding:1rem 0}section,ol{display:flex;gap:.8rem;list-style:none;padding-left:0;margin:0}ol{flex:1;flex-wrap:wrap}
-figure{margin:0;width:6.6rem}img{box-sizing:border-box;height:10rem;max-width:100%;object-fit:contain;border:3px solid #bbb;background:#eee}figcaption{font-size:.78rem;overflow-wrap:anywhere}
+figure{margin:0;width:6.6rem}img{box-sizing:border-box;height:10rem;max-width:100%;object-fit:contain;border:3px solid #bbb;background:#eee}figcaption{font-size:.78rem}
 .right img{border-color:#2ca02c}.wrong img{border-color:#d62728}.query img{border-color:#222}.right b{color:#1f7a1f}.wrong b{color:#d62728}
 @media(prefers-color-scheme:dark){body{color:#ddd;background:#161616}section{border-color:#444}.query img{border-color:#ddd}.right b{color:#5ac05a}.wrong b{color:#ff6b6b}}'''
 

@@ -10,6 +10,8 @@ from reid_fastai.cli import *
 from reid_fastai.data.datasets import read_dataset
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.evaluation.verification import read_verification
+from reid_fastai.export import save_model
+from reid_fastai.models import build_reid_net
 from reid_fastai.shell import _parse
 
 tiny_args = dict(arch='resnet10t', pretrained='none', size='64x32', n_pids=4, epochs=2, steps=2)
@@ -88,11 +90,11 @@ def test_what_cannot_be_written_or_read_is_refused_first(cmd, args, run, data, t
 
 def test_verify_stores_thresholds_with_the_model(run, tmp_path, shell):
     shutil.copytree(run, own := tmp_path/'run')
-    res = shell('reid-eval', own, '--verify', '--csv', tmp_path/'q.csv')
+    res = shell('reid-eval', own, '--verify', '--far', '.02', '.05', '--csv', tmp_path/'q.csv')
     v = reid_eval(own).verification()
     stored = read_verification(own)
     assert res.returncode==0 and f'{v.n_nonmatch:,} non-matching pairs' in res.out and f'{100*v.eer:.2f} %' in res.out
-    assert stored['thresholds']['0.01']['threshold']==v.threshold(.01) and (stored['metric'],stored['flip'])==('cosine',True) and stored['eer']==v.eer
+    assert {k: o['threshold'] for k,o in stored['thresholds'].items()}=={str(o): v.threshold(o) for o in (.05,.02,.01)} and (stored['metric'],stored['flip'])==('cosine',True) and stored['eer']==v.eer
     assert len(pd.read_csv(own/'verification.csv'))==len(v.roc()) and (own/'verification.png').read_bytes()[:4]==b'\x89PNG'
     assert {o.name for o in own.iterdir()}-{o.name for o in run.iterdir()}=={'verification.json','verification.csv','verification.png'}
     (own/'verification.json').write_text('{')
@@ -101,6 +103,11 @@ def test_verify_stores_thresholds_with_the_model(run, tmp_path, shell):
     assert json.loads((tmp_path/'out'/'verification.json').read_text())['metric']=='euclidean'
     assert {o.name for o in (tmp_path/'out').iterdir()}=={'evaluation.json','ranked.png','verification.json','verification.csv','verification.png'}
     assert shell('reid-eval', own, '--out', tmp_path/'out').returncode==0
+
+@pytest.mark.parametrize('args,words', [(['--verify','--far','2'], 'between 0 and 1'), (['--far','.02'], 'only with `--verify`'), (['--verify','--far','.02','1e-9'], 'are too few for it')])
+def test_far_that_cannot_be_measured(args, words, run, tmp_path, shell):
+    res = shell('reid-eval', run, *args, '--out', tmp_path/'out')
+    assert res.returncode==2 and words in res.err and not (tmp_path/'out').exists(), res.err
 
 def test_verify_without_non_matching_pairs(run, data, tmp_path, shell):
     "One person alone in query and gallery: one line, and nothing is written"
@@ -115,6 +122,21 @@ def test_verify_without_non_matching_pairs(run, data, tmp_path, shell):
 def test_verify_would_replace(run, tmp_path, shell):
     res = shell('reid-eval', run, '--verify', '--csv', run/'verification.csv')
     assert res.returncode==2 and 'that is the file of csv' in res.err and not (run/'verification.csv').exists()
+
+def test_thresholds_of_another_model_are_kept(run, tmp_path, shell, monkeypatch):
+    "Also in `--out`; those of the same model and a damaged file are replaced"
+    shutil.copytree(run, own := tmp_path/'run')
+    other = save_model(build_reid_net('resnet10t', n_classes=5, regions=0, pretrained=False, size=(64,32)), own/'other.safetensors', size=(64,32))
+    for _ in range(2): assert shell('reid-eval', own, '--verify', '--features', tmp_path/'f.safetensors').returncode==0
+    kept = (own/'verification.json').read_bytes()
+    with monkeypatch.context() as m:
+        m.setattr(cli, 'load_embedder', lambda *_: pytest.fail('the evaluation has begun'))
+        for args in ([other], [other, '--out', own]):
+            res = shell('reid-eval', *args, '--verify')
+            assert res.returncode==2 and res.err.count('\n')==1 and all(o in res.err for o in ('verification.json', 'other.safetensors', '--out')), res.err
+    assert (own/'verification.json').read_bytes()==kept and read_verification(own)
+    (own/'verification.json').write_bytes(kept[:100])
+    assert shell('reid-eval', own, '--verify', '--features', tmp_path/'f.safetensors').returncode==0 and (own/'verification.json').read_bytes()==kept
 
 def test_folders_on_the_way_are_made(run, tmp_path, shell):
     assert shell('reid-eval', run, '--csv', tmp_path/'new'/'q.csv').returncode==0 and (tmp_path/'new'/'q.csv').exists()

@@ -1,5 +1,6 @@
 "The gallery and its commands: answers beside a slow oracle, kills, two writers, damaged tables, and what bad input gets"
 import base64, hashlib, io, random, re, shlex, shutil, subprocess, sys
+from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 
 pytest.importorskip('lancedb', reason="a gallery needs pip install '.[search]'")
+from browser import Browser, needs_browser
 from reid_fastai import cli_search
 from reid_fastai.cli_search import *
 from reid_fastai.data.synthetic import make_synthetic
@@ -121,6 +123,25 @@ def test_versions_and_another_handle(home):
     assert b.versions().images.tolist()[-2:]==[n+5,n]
 
 
+def test_at_a_url(home, files):
+    "In place of object storage, which needs a network: create, add, load and search, in Python and by commands"
+    g = Gallery.create(home/'run', url := f'file://{home}/far/people').add(files[:4])
+    assert len(Gallery.load(url).add(files[4:], pid='Ann'))==len(files) and (home/'far'/'people').is_dir()
+    assert g.search(files[5], 1).df.pid[0]=='Ann'
+    reid_embed(home/'run', [str(o) for o in files[:3]], out=(url := f'file://{home}/far/new'), quiet=True)
+    reid_embed(home/'run', [str(o) for o in files[3:5]], out=url, append=True, quiet=True)
+    assert reid_search(url, [str(files[4])], k=1, quiet=True).df.path[0]==str(files[4]) and len(Gallery.load(url))==5
+
+def test_exact_search_beyond_the_memory(home, monkeypatch):
+    from reid_fastai import gallery as mod
+    g,x = vectors(home, 500)
+    want = g.search(x[:1], 2)
+    monkeypatch.setattr(mod, 'free_memory', lambda: 4*500*x.shape[1])
+    assert g.search(x[:1], 2).df.equals(want.df)
+    g.add(x[:1])
+    with pytest.raises(ValueError, match=r'501 embeddings.* GB; .* GB are free\. Search with the index'): g.search(x[:1], 2)
+    assert len(g.index().search(x[:1], 2, exact=False).df)==2
+
 # ---- several writers, kills, damage
 
 WRITERS = """
@@ -223,6 +244,23 @@ def test_page_is_whole_and_marks_what_is_known(home, data, files):
     assert Image.open('f.png').size==(5*120, 2*176)
     assert '✓' not in reid_search(home/'people', photos, k=4, html='g.html', quiet=True)._repr_png_().decode('latin1') and not re.search('[✓✗]', Path('g.html').read_text(encoding='utf-8'))
 
+@needs_browser
+def test_page_in_a_browser(home, data, tmp_path_factory):
+    "Images are shown, marks are beside known people only, nothing is requested, and nothing sticks out on a phone"
+    photos = [str(o) for o in sorted((data/'query').glob('*.jpg'))[:2]]
+    Gallery.load(home/'people').add(photos[0])  # of a person without a name
+    res = reid_search(home/'people', photos, k=4, html='f.html', pid=Path(photos[0]).name[:4], where=f"path!='{100*'x'}'", quiet=True)
+    with closing(Browser(home.as_uri(), tmp_path_factory.mktemp('profile'))) as browser:
+        for width in (1280, 390):
+            browser.see(width)
+            browser.open('f.html')
+            assert browser.js('document.documentElement.scrollWidth')<=width
+        widths = browser.js('[...document.images].map(i => i.naturalWidth)')
+        assert len(widths)==2+8 and all(widths)
+        marks = browser.js('[...document.querySelectorAll("li b")].map(o => o.innerText.match(/[✓✗]?$/)[0])')
+        assert marks==['' if pd.isna(o) else '✓' if o else '✗' for o in res.df.match] and set(marks)=={'✓','✗',''}
+        assert not browser.errors and {o for o in browser.urls if not o.startswith('data:')}=={f'{browser.base}/f.html'}
+
 def test_same_or_not(home, data):
     sha = hashlib.sha256((home/'run'/'model.safetensors').read_bytes()).hexdigest()
     photo = str(sorted((data/'query').glob('*.jpg'))[0])
@@ -232,6 +270,7 @@ def test_same_or_not(home, data):
     res = reid_search(home/'people', [photo], k=5, model=home/'run', same=True, quiet=True)
     assert res.df.same.tolist()==[True]*3+[False]*2 and 'false accept rate 0.001' in res.how
     assert reid_search(home/'people', [photo], k=5, model=home/'run', same=True, far=1e-2, quiet=True).df.same.all()
+    with pytest.raises(ValueError, match='Choose one of them, or measure it: reid-eval run --verify --far 0.02'): reid_search(home/'people', [photo], model='run', same=True, far=.02)
 
 
 # ---- the commands

@@ -19,9 +19,13 @@ from .metrics import RetrievalResults
 from .pairs import Pairs
 
 # %% ../../nbs/10b_evaluation.verification.ipynb #0aa20005
+def _check_rate(far):
+    "Raise `ValueError` if `far` is not a rate"
+    if not isinstance(far, (int,float,np.number)) or not 0<far<1: raise ValueError(f'far={far}: a false accept rate lies between 0 and 1, such as 0.001.')
+
 def _check_far(far, n, what):
     "Raise `ValueError` if `far` is not a rate, or is too small for `n` items; `what` names the items in the message"
-    if not isinstance(far, (int,float,np.number)) or not 0<far<1: raise ValueError(f'far={far}: a false accept rate lies between 0 and 1, such as 0.001.')
+    _check_rate(far)
     if not _allowed(far, n):
         unit = 10.**(np.floor(np.log10(1/n))-2)
         raise ValueError(f'far={far:g}: {n:,} {what} are too few for it. The smallest false accept rate that can be asked for is {np.ceil(1/n/unit)*unit:.3g}.')
@@ -165,10 +169,11 @@ def __repr__(self:Verification):
             f'equal error rate {100*self.eer:.2f} %')
 
 @patch
-def summary(self:Verification
-    ) -> pd.DataFrame: # One row per rate (index `far`, 1e-2 to 1e-5, as far as there are enough pairs): threshold, low, high, tar, tar_low, tar_high
+def summary(self:Verification,
+    far:float|list|None=None # Further false accept rates, between 0 and 1; `ValueError` if there are too few non-matching pairs for one
+) -> pd.DataFrame: # One row per rate (index `far`, 1e-2 to 1e-5, as far as there are enough pairs, and `far`): threshold, low, high, tar, tar_low, tar_high
     "Thresholds and TAR with their 95 % intervals, which are NaN if all queries show one person"
-    fars = [o for o in _fars if _allowed(o, self.n_nonmatch)]
+    fars = sorted({*[o for o in _fars if _allowed(o, self.n_nonmatch)], *L(far)}, reverse=True)
     res = pd.DataFrame(dict(threshold=[self.threshold(o) for o in fars], low=np.nan, high=np.nan, tar=[self.tar(o) for o in fars], tar_low=np.nan, tar_high=np.nan), index=pd.Index(fars, name='far', dtype=float))
     if fars and self._units()[2]>1: res[['low','high','tar_low','tar_high']] = self.interval(fars).to_numpy()
     return res
@@ -215,11 +220,12 @@ def save(self:Verification,
     folder:str|Path, # Folder in which verification.json, and verification.csv with the ROC curve, are written or replaced
     model:str|Path, # File of `save_model` with the model that computed the embeddings
     data:str, # Dataset, as given to a command
-    flip:bool=True # Whether the embeddings are averages over an image and its mirror image
+    flip:bool=True, # Whether the embeddings are averages over an image and its mirror image
+    far:float|list|None=None # Further false accept rates, as for `summary`
 ) -> pd.DataFrame: # Table of `summary`
     "Write thresholds, rates and ROC curve"
     figures = dict(flip=flip, model=checksum(read_bytes(model)), metric=self.results.dists.metric, data=str(data), n_match=self.n_match, n_nonmatch=self.n_nonmatch, eer=self.eer,
-                   thresholds=_rates((res := self.summary())[['threshold','low','high','tar']]), dir=_rates(self.open_set()))
+                   thresholds=_rates((res := self.summary(far))[['threshold','low','high','tar']]), dir=_rates(self.open_set()))
     atomic_write(Path(folder)/'verification.csv', self.roc().to_csv(index=False))
     write_json(Path(folder)/'verification.json', figures)
     return res
@@ -235,5 +241,5 @@ def read_verification(
     ok = lambda d,keys: all(isinstance(o, dict) and all(isinstance(o.get(k), float) for k in keys) for o in d.values())
     if not (all(isinstance(res.get(k), t) for k,t in _names.items()) and ok(res['thresholds'], ('threshold','tar')) and ok(res['dir'], ('threshold','dir'))):
         raise ValueError(f'{path} does not hold what `reid-eval --verify` writes. Make it anew: {again}')
-    if res['model']!=checksum(read_bytes(file)): raise ValueError(f'{path} belongs to another model than {file.name}: the checksums differ. Make it anew: {again}')
+    if res['model']!=checksum(read_bytes(file)): raise ValueError(f'{path} belongs to another model than {file.name}: the checksums differ. Move it to another folder, and make it anew: {again}')
     return res
