@@ -5,9 +5,10 @@
 
 WHEELS is a folder of wheels, filled where there is a network, on the same platform, by
 
-    pip wheel --no-deps -w WHEELS . && pip download --no-deps -d WHEELS fastai fastcore fasttransform fastprogress fastdownload python-fasthtml starlette \\
-        itsdangerous python-multipart plum-dispatch beartype cloudpickle pytorch-metric-learning scikit-learn joblib threadpoolctl scipy pandas matplotlib \\
-        contourpy cycler fonttools kiwisolver pyparsing python-dateutil six packaging tqdm pytest pluggy iniconfig
+    pip wheel --no-deps -w WHEELS . && pip download --no-deps -d WHEELS fastai fastcore fasttransform fastprogress fastdownload python-fasthtml starlette uvicorn \\
+        itsdangerous python-multipart beautifulsoup4 soupsieve oauthlib requests urllib3 certifi charset-normalizer plum-dispatch beartype rich markdown-it-py mdurl \\
+        pygments cloudpickle pytorch-metric-learning scikit-learn narwhals joblib threadpoolctl scipy pandas tzdata matplotlib contourpy cycler fonttools kiwisolver \\
+        pyparsing python-dateutil six packaging tqdm pytest pluggy iniconfig
 
 (fastai also names spacy, which nothing here imports: `--no-deps` in the first line leaves it out)
 
@@ -17,9 +18,10 @@ It prints, as Markdown:
 - `RetrievalResults` and re-ranking at the size of Market-1501 and of MSMT17 on the device, beside the bare product;
 - the tests that are marked for a GPU;
 - with --data, one training of 10 epochs by `reid-train`.
-What the time does not allow is left out, and said to be. `--tiny --device cpu` runs all of it at toy size.
+Each part has a share of the time. What does not fit is left out with a message. `--tiny --device cpu` runs all of it at toy size.
 """
 import argparse, statistics, subprocess, sys, tempfile, time, warnings
+BEGAN = time.perf_counter()  # the time for imports counts
 from pathlib import Path
 
 import timm, torch
@@ -92,7 +94,7 @@ def fit(a, net, precision, dl):
 
 def training(a):
     dl = _Batches(a.steps, a.bs, a.size, a.device)
-    print(f'## Training\n\n{a.arch}, {a.size[0]}×{a.size[1]}, batches of {a.bs}, global and two regional branches; images a second, medians of {a.rounds} rounds in turn\n')
+    print(f'## Training\n\n{a.arch}, {a.size[0]}×{a.size[1]}, batches of {a.bs}, global and two regional branches; images a second, medians of at most {a.rounds} rounds in turn\n')
     print('| precision | layout | compiled | bare loop | fit | fit / bare (goal 0.97) | peak memory, GB |\n|---|---|---|---|---|---|---|')
     for compiled in (False,) if a.tiny else (False, True):
         for name,precision,tf32 in ('fp32','fp32',False),('TF32','fp32',True),('bf16','bf16',False):
@@ -108,7 +110,8 @@ def training(a):
                 gos.append(f)
                 if a.device.type=='cuda': torch.cuda.reset_peak_memory_stats()
                 for go in gos: go()
-                ts = [[secs(go, a.device) for go in gos] for _ in range(a.rounds)]
+                ts = []
+                while not ts or len(ts)<a.rounds and a.left()>sum(ts[-1]): ts.append([secs(go, a.device) for go in gos])
                 b,t = (a.steps*a.bs/statistics.median(o) for o in zip(*ts))
                 mem = torch.cuda.max_memory_allocated()/1e9 if a.device.type=='cuda' else float('nan')
                 print(f'| {name} | {str(layout).split(".")[-1]} | {compiled} | {b:.0f} | {t:.0f} | {statistics.median(x/y for x,y in ts):.3f} | {mem:.1f} |', flush=True)
@@ -117,7 +120,6 @@ def training(a):
 
 def shares(a):
     "Of the penalty, forward and backward, and of θ's update in a step"
-    if a.left()<20: return print('\nShares of a step: left out, no time')
     net,dl = network(a, torch.channels_last, False),_Batches(1, a.bs, a.size, a.device)
     precision = 'bf16' if supports_precision('bf16', a.device) else 'fp32'
     reg = AdaptiveL2Regularizer(net).to(a.device)
@@ -150,20 +152,25 @@ def retrieval(a):
         again = secs(lambda: search.res.rerank().mAP, a.device) if name!='msmt17' or a.left()>150 else float('nan')
         print(f'| {name} | {p:.3f} | {r:.3f} | {r/p:.2f} | {again:.2f} | {100*search.res.mAP:.2f} |', flush=True)
 
+def command(a, title, *args):
+    "Print what a command of Python says, if it ends in time"
+    print(f'\n## {title}\n')
+    try: res = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=(limit := a.left()))
+    except subprocess.TimeoutExpired: return print(f'Not done within {limit:.0f} s', flush=True)
+    print(res.stdout.strip())
+    if res.returncode: print(f'Exit code {res.returncode}: {res.stderr.strip()[-600:]}', flush=True)
+
 def gpu_tests(a):
-    if a.tiny: return
-    root = Path(__file__).resolve().parents[1]
-    res = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(root/'tests'), '-m', 'gpu'], capture_output=True, text=True, cwd=root, timeout=max(30, a.left()))
-    print('\n## Tests\n\n'+(res.stdout.strip().splitlines() or ['none ran'])[-1], flush=True)
+    "Run the tests for a GPU; other files of tests import packages that the help does not name"
+    command(a, 'Tests', '-m', 'pytest', '-q', '--tb=short', '-p', 'no:cacheprovider', '-W', 'ignore', Path(__file__).resolve().parents[1]/'tests'/'test_gpu.py', '-m', 'gpu')
 
 def train(a):
-    if not a.data: return
     with tempfile.TemporaryDirectory() as d:
-        cmd = [sys.executable, '-c', 'from reid_fastai.cli import reid_train; import sys; sys.argv[0]="reid-train"; reid_train()', a.data, '--out', f'{d}/run', '--arch', a.arch,
-               '--size', '256x128', '--epochs', '10', '--device', str(a.device)]
-        try: res = subprocess.run(cmd, capture_output=True, text=True, timeout=max(30, a.left()))
-        except subprocess.TimeoutExpired: return print(f'\n## {a.data}\n\nNot done within the time')
-        print(f'\n## {a.data}\n\n'+(res.stdout if res.returncode==0 else res.stderr.strip()[-600:]))
+        command(a, a.data, '-c', 'from reid_fastai.cli import reid_train; import sys; sys.argv[0]="reid-train"; reid_train()', a.data, '--out', f'{d}/run', '--arch', a.arch,
+                '--size', '256x128', '--epochs', '10', '--device', a.device)
+
+#: Share of the time, and seconds below which a part is left out
+PARTS = {training: (50,20), shares: (8,15), retrieval: (20,30), gpu_tests: (10,30), train: (15,60)}
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -173,13 +180,18 @@ def main(argv=None):
     p.add_argument('--tiny', action='store_true', help='toy sizes, for a test of this script')
     p.add_argument('--arch', default=None, help='default: resnet50')
     a = p.parse_args(argv)
-    end = time.perf_counter()+60*a.minutes
-    a.left,a.device = (lambda: end-time.perf_counter()),torch.device(a.device)
+    a.device = torch.device(a.device)
     if a.device.type=='cuda' and not torch.cuda.is_available(): raise SystemExit('No GPU here. `--tiny --device cpu` tries the script on the CPU.')
     a.arch = a.arch or ('resnet10t' if a.tiny else 'resnet50')
     a.size,a.bs,a.steps,a.rounds = ((64,32), 8, 1, 1) if a.tiny else ((384,128), 64, 10, 5)
     what = torch.cuda.get_device_name() if a.device.type=='cuda' else 'CPU'
     print(f'# {what}\n\ntorch {torch.__version__}, timm {timm.__version__}\n')
-    for f in training,shares,retrieval,gpu_tests,train: f(a)
+    parts = {f: o for f,o in PARTS.items() if not (f is train and not a.data or f is gpu_tests and a.tiny)}
+    for i,(f,(share,least)) in enumerate(parts.items()):
+        left = BEGAN+60*a.minutes-10-(now := time.perf_counter())  # 10 s for the end of this process
+        end = now+left*share/sum(o for o,_ in list(parts.values())[i:])
+        a.left = lambda: end-time.perf_counter()
+        if a.left()<(0 if a.tiny else least): print(f'\n{f.__name__.replace("_", " ")}: left out, {max(a.left(), 0):.0f} s are left for it')
+        else: f(a)
 
 if __name__=='__main__': main()

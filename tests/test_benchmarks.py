@@ -1,5 +1,5 @@
 "The benchmarks run, at toy size"
-import os, runpy, signal, subprocess, sys
+import ast, os, re, runpy, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +34,51 @@ def test_gpu_script_on_the_cpu(tmp_path):
     for o in '| fp32 | contiguous_format |','| fp32 | channels_last |','the penalty alone','| tiny |': assert o in res.stdout
     bad = forked('benchmarks/gpu.py', logs=tmp_path) if not torch.cuda.is_available() else None
     assert bad is None or bad.returncode==1 and '\nNo GPU here' in '\n'+bad.stderr and 'Traceback' not in bad.stderr
+
+@pytest.fixture
+def gpu(monkeypatch):
+    "The script as a module"
+    monkeypatch.syspath_prepend(root/'benchmarks')
+    import gpu
+    monkeypatch.setattr(gpu, 'BEGAN', time.perf_counter())
+    return gpu
+
+def test_wheels_for_the_gpu_script():
+    "Its help names all that the package and pytest need beside torch and timm"
+    from importlib import metadata
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+    def needed(*names):
+        "With what they require, without extras, and without spacy, which nothing imports"
+        found,todo = set(),[*names]
+        while todo:
+            if (n := canonicalize_name(todo.pop())) in found|{'spacy'}: continue
+            found.add(n)
+            todo += [r.name for r in map(Requirement, metadata.requires(n) or []) if not r.marker or r.marker.evaluate(dict(extra=''))]
+        return found
+    text = ast.get_docstring(ast.parse((root/'benchmarks/gpu.py').read_text()))
+    named = re.search(r'pip download --no-deps -d WHEELS (.+?)\n\n', text, re.S)[1].replace('\\', '').split()
+    missing = needed('reid_fastai', 'pytest')-needed('torch', 'timm')-{'reid-fastai', *map(canonicalize_name, named)}
+    assert not missing, f'Name these in the help of benchmarks/gpu.py: {sorted(missing)}'
+
+def test_time_of_the_gpu_script(gpu, monkeypatch, capsys):
+    "A part without time is left out, a command that takes too long is ended, and one that fails says why"
+    gpu.main('--tiny --device cpu --minutes 0 --data none'.split())
+    assert capsys.readouterr().out.count(': left out, 0 s are left for it')==4
+    gpu.command(SimpleNamespace(left=lambda: .1), 'Slow', '-c', 'import time; time.sleep(60)')
+    gpu.command(SimpleNamespace(left=lambda: 60), 'Bad', '-c', 'import sys; print("seen"); sys.exit("why")')
+    assert capsys.readouterr().out=='\n## Slow\n\nNot done within 0 s\n\n## Bad\n\nseen\nExit code 1: why\n'
+    lefts = []
+    monkeypatch.setattr(gpu, 'PARTS', {lambda a: lefts.append(a.left()): (1,0), lambda a: lefts.append(a.left()): (1,0)})
+    gpu.main('--tiny --device cpu --minutes 8'.split())
+    assert lefts[0]<=235<lefts[1]<=470
+
+def test_gpu_script_collects_one_file(gpu, monkeypatch):
+    "Others import hypothesis, nbdev or execnb, which the machine need not have"
+    monkeypatch.setattr(gpu, 'command', lambda a, title, *args: said.extend(args))
+    said = []
+    gpu.gpu_tests(None)
+    assert [o for o in said if 'tests' in str(o)]==[root/'tests'/'test_gpu.py']
 
 def test_training_beside_a_bare_loop(tmp_path):
     res = forked('benchmarks/training.py', logs=tmp_path, *['--arch', 'resnet10t', '--size', '64', '32', '--bs', '8', '--steps', '1', '--rounds', '1'])

@@ -19,6 +19,17 @@ def test_msmt17_at_384x128(device, vram, ram, n_train, n, expect, monkeypatch, r
     assert block._place(n_train, n, (384,128), device)==(dict(all=n, train=n_train, none=0)[expect[0]], expect[1])
     assert len(recwarn)==(expect[0]!='all')
 
+def test_processes_on_one_machine_share_its_memory(monkeypatch):
+    "Each of 4 has a quarter of it; a GPU belongs to one process"
+    monkeypatch.setattr(block, 'free_memory', lambda: 64*GB)
+    assert block._place(32_621, 126_441, (384,128), cpu)==(126_441,'cpu')
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
+    with pytest.warns(UserWarning, match='need 18.6 GB, and 16.0 GB are free for each of 4 processes: training images'):
+        assert block._place(32_621, 126_441, (384,128), cpu)==(32_621,'cpu')
+    with pytest.raises(ValueError, match='takes 18.6 GB, and 16 GB are free for each of 4 processes. Images of about'): block._check_memory('in_memory=True', 126_441, (384,128), 3, 'or not')
+    monkeypatch.setattr(block, '_free_on', lambda d: 80*GB)
+    assert block._place(32_621, 126_441, (384,128), gpu)==(126_441,gpu)
+
 def paths(n=6):
     s = read_dataset(make_synthetic(tiny=True))
     return [str(s.root/o) for o in s.train.path[:n]]

@@ -1,4 +1,6 @@
 "Half precision on any device: what it touches, what stays float32, and what is refused"
+from types import SimpleNamespace
+
 import pytest, torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
@@ -9,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import reid_fastai.callback.precision as precision
+from reid_fastai import runs
 from reid_fastai.callback.checkpoint import Checkpoint
 from reid_fastai.callback.precision import *
 from reid_fastai.callback.regularizer import AdaptiveL2
@@ -172,6 +175,32 @@ def test_config_makes_the_learner():
     for how in [None,'fp32',*halves]:
         learn = make_learner(splits, RunConfig(splits.root, arch='resnet10t', pretrained='none', size='64x32', n_pids=4, steps=1, precision=how), device='cpu')
         assert training_precision(learn)==(f'{how} mixed precision' if how in halves else 'fp32')
+
+def test_a_compiled_training(monkeypatch):
+    "`compile=True` compiles the network that is trained; its gradients are those without, and the summary names it"
+    from reid_fastai.data.datasets import read_dataset
+    from reid_fastai.data.synthetic import make_synthetic
+    splits,graphs,real = read_dataset(make_synthetic(tiny=True)),[],nn.Module.compile
+    def eager(graph, inputs): graphs.append(graph); return graph.forward
+    monkeypatch.setattr(runs, 'check_compiler', lambda: None)  # no C++ compiler is needed
+    monkeypatch.setattr(nn.Module, 'compile', lambda self: real(self, backend=eager))
+    spies = []
+    for on in True,False:
+        cfg = RunConfig(splits.root, arch='test_resnet', pretrained='none', size='32x32', n_pids=4, steps=1, precision='fp32', compile=on)
+        learn = make_learner(splits, cfg, device='cpu')
+        assert training_precision(learn)==f'fp32{", compiled"*on}'
+        spies.append(Spy())
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=spies[-1])
+        assert training_precision(learn.to_bf16())==f'bf16 mixed precision{", compiled"*on}'
+    assert graphs
+    torch.testing.assert_close(spies[0].grads, spies[1].grads)
+
+@pytest.mark.parametrize('convolutions,products,words', [(True, False, 'in convolutions'), (False, True, 'in products'), (True, True, 'in convolutions and products'), (False, False, 'off')])
+def test_tf32_is_named_on_a_gpu(convolutions, products, words, monkeypatch):
+    monkeypatch.setattr(torch.backends, 'cudnn', SimpleNamespace(allow_tf32=convolutions))
+    monkeypatch.setattr(torch.backends.cuda, 'matmul', SimpleNamespace(allow_tf32=products))
+    net = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device('cuda'))]))
+    assert training_precision(SimpleNamespace(model=net, cbs=[]))==f'fp32, TF32 {words}'
 
 def test_runs_of_earlier_versions_go_on(tmp_path):
     "Their config.json knows neither precision nor compilation"

@@ -10,6 +10,7 @@ from torch import nn
 from reid_fastai.callback import rotation as rotation_module
 from reid_fastai.callback.arrays import ArrayHistory
 from reid_fastai.callback.history import *
+from reid_fastai.callback.precision import ReIDPrecision, supports_precision
 from reid_fastai.callback.regularizer import *
 from reid_fastai.callback.rotation import *
 from reid_fastai.regularizers import *
@@ -186,6 +187,17 @@ def test_clip_and_accumulation():
     for df,n in ((a,4),(b,2)):
         o = df[df.name=='1.weight']
         assert len(o)==n and np.allclose(o.angle, (2*.1*1e-2)**.5, rtol=1e-3)
+
+@pytest.mark.skipif(not supports_precision('bf16', 'cpu'), reason='no bf16 here')
+def test_equal_angles_under_autocast():
+    "The network computes in bfloat16; arrays and angles are those of float32"
+    learn,types = learner(RotationControl(.1), ReIDPrecision('bf16'), Watch()),set()
+    learn.model[1].register_forward_hook(lambda m, i, o: types.add((m.training, o.dtype)))
+    df = fit(learn, 1, 'fit', 1e-2).watch.df
+    assert learn.rotation_control.names==turning and (True,torch.bfloat16) in types
+    for n in turning:
+        o = df[df.name==n]
+        assert len(o)==4 and np.allclose(o.angle, (2*.1*1e-2)**.5, rtol=1e-3) and np.allclose(o.norm, o.norm.iloc[0], rtol=1e-6), n
 
 def test_skipped_step_turns_nothing():
     "As `MixedPrecision` skips one when a gradient overflows"

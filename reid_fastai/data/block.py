@@ -64,9 +64,13 @@ class ImageMemory:
         except KeyError: return None
 
 # %% ../../nbs/08_data.block.ipynb #74a680b5
-def _free(): return ifnone(free_memory(), 8<<30)
+def _sharing(): "Number of processes on this machine"; return int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+
+def _free(): "Free bytes of memory for this process"; return ifnone(free_memory(), 8<<30)//_sharing()
 
 def _free_on(device): "Free bytes on a GPU"; return torch.cuda.mem_get_info(device)[0] if device.type=='cuda' else 0
+
+def _each(): return f' for each of {n} processes' if (n := _sharing())>1 else ''
 
 def _place(n_train, n, size, device):
     "How many of `n` images to keep as bytes (training images first) and on which device; warns if some do not fit"
@@ -75,7 +79,7 @@ def _place(n_train, n, size, device):
         at = device if k*need<=_free_on(device)/4 else 'cpu' if k*need<=free/2 else None  # the network needs the rest of the GPU
         if at is not None: break
     else: k = 0
-    if k<n: warnings.warn(f'{n} images of {size[0]}×{size[1]} need {n*need/1e9:.1f} GB, and {free/1e9:.1f} GB are free: '
+    if k<n: warnings.warn(f'{n} images of {size[0]}×{size[1]} need {n*need/1e9:.1f} GB, and {free/1e9:.1f} GB are free{_each()}: '
                           +('training images are kept in memory, and the others are decoded at each evaluation. ' if k else 'images are decoded for every batch, which is slower. ')
                           +'Pass a smaller `size`, or `in_memory=True` to keep all images.')
     return k,at
@@ -85,7 +89,7 @@ def _check_memory(what, n, size, pixel, remedy):
     h,w = size
     if (need := n*h*w*pixel)<=(free := _free()): return
     s = (free/need)**.5
-    raise ValueError(f'size={h, w}: {what}, {n} images, takes {need/1e9:.3g} GB, and {free/1e9:.3g} GB are free. Images of about {int(h*s)}×{int(w*s)} would fit; {remedy}.')
+    raise ValueError(f'size={h, w}: {what}, {n} images, takes {need/1e9:.3g} GB, and {free/1e9:.3g} GB are free{_each()}. Images of about {int(h*s)}×{int(w*s)} would fit; {remedy}.')
 
 # %% ../../nbs/08_data.block.ipynb #ca40450f
 class ReadImage(DisplayedTransform):
