@@ -2,7 +2,7 @@
 `python several.py JOBS.json` runs commands in several processes, and adds to each job the `codes`, `out` and `err` of its processes and its `seconds`.
 
 The processes are forked from one that has imported everything and computed nothing, which saves the import of torch in each of them."""
-import json, os, signal, socket, sys, time, warnings
+import json, os, shutil, signal, socket, sys, time, warnings
 from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', TORCH_CPP_LOG_LEVEL='ERROR')
@@ -26,6 +26,11 @@ class Frozen(Callback):
         for m in self.model.modules():
             if isinstance(m, torch.nn.modules.batchnorm._BatchNorm): m.eval()
 
+class Stop(Callback):
+    "Ends a training after its first epoch"
+    order = 80
+    def after_epoch(self): raise CancelFitException()
+
 class Watch(Callback):
     "Losses of all steps"
     order = 70
@@ -36,7 +41,7 @@ class Watch(Callback):
 def outcome(learn):
     "What is compared"
     cb = find_l2(learn)
-    return dict(weights={k: v.clone() for k,v in learn.model.state_dict().items()}, history=cb.history[['theta','lam','sq_norm']].to_numpy('float64') if cb else None, table=[[float(v) for v in row] for row in learn.recorder.values],
+    return dict(weights={k: v.clone() for k,v in learn.model.state_dict().items()}, history=cb.history[['theta','lam','sq_norm','angle','rotates']].to_numpy('float64') if cb else None, table=[[float(v) for v in row] for row in learn.recorder.values],
                 losses=learn.watch.losses, epoch=learn.dls.train.epoch, wrapped=type(learn.model).__name__, forwards=[n for n,m in learn.model.named_modules() if 'forward' in vars(m)],
                 chance=torch.rand(2), bs=learn.dls.train.bs)
 
@@ -65,6 +70,18 @@ def train(fit, *args, **kw):
     learn = learner(*args, **kw)
     with learn.distrib_ctx(): fit(learn)
     return outcome(learn)
+
+def resumed():
+    "Two epochs, of which one process has trained the first"
+    def fit(learn, folder, *cbs):
+        learn.add_cbs([cb := Checkpoint(folder), *cbs])
+        learn.fit(2, 1e-3, start_epoch=cb.load())
+    first,own = folder/'first',folder/f'resumed-{ranks.n}'
+    if ranks.n==1:
+        first.mkdir()
+        train(lambda l: fit(l, first, Stop()), cbs=[Frozen()])
+    by_leader(shutil.copytree)(first, own)
+    return train(lambda l: fit(l, own), cbs=[Frozen()])
 
 def few_queries():
     "Fewer queries than processes"
@@ -120,11 +137,15 @@ CASES = {
     'regions': lambda: train(lambda l: l.fit(2, 1e-3), regions=2, cbs=[Frozen()]),
     'statistics': lambda: train(lambda l: l.fit_one_cycle(2, 1e-3), regions=2),
     'accumulated': lambda: train(lambda l: l.fit(4, 1e-3), regions=0, cbs=[Frozen(), GradientAccumulation(32)]),
+    'accumulated, regions': lambda: train(lambda l: l.fit(2, 1e-3), regions=2, cbs=[Frozen(), GradientAccumulation(32)]),
+    'paper, global': lambda: train(lambda l: l.fit_paper(1, 1, 1e-3), regions=0, cbs=[Frozen()]),
+    'rotation': lambda: train(lambda l: l.fit_one_cycle(2, 1e-3), l2=RotationControl),
+    'auto': lambda: train(lambda l: l.fit_one_cycle(2, 1e-3), l2=AutoL2),
     'paper': lambda: train(lambda l: l.fit_paper(1, 1, 1e-3), regions=2, cbs=[Frozen()]),
     'conventional': lambda: train(lambda l: l.fit(2, 1e-3), cbs=[Frozen(), GradientClip(.5)], l2=ConventionalL2),
     'workers': lambda: train(lambda l: l.fit(1, 1e-3), cbs=[Frozen()], in_memory=False, num_workers=2),
     'float32': lambda: train(lambda l: l.fit(2, 1e-3), regions=2, cbs=[Frozen()], dtype=torch.float32),
-    'shared': shared, 'refused': refused,
+    'resumed': resumed, 'shared': shared, 'refused': refused,
     'fault: mined apart': without('gather', lambda o: o),
     'fault: not averaged': without('mean_gradients'),
     'fault: penalty twice': lambda: train(lambda l: l.fit(2, 1e-3), cbs=[Frozen()], l2=Twice),
@@ -132,6 +153,8 @@ CASES = {
 
 def go(out, cases, rank, n, port):
     "One process"
+    global folder
+    folder = Path(out)
     torch.set_num_threads(1)
     if n>1: os.environ.update(in_group(rank, n, port))
     with together():

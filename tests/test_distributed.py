@@ -29,9 +29,9 @@ def distance(a, b):
     return ((flat(a)-flat(b)).norm()/flat(b).norm()).item(), max(((a[k]-b[k]).double().norm()/b[k].double().norm().clamp_min(1e-9)).item() for k in b)
 
 @pytest.mark.parametrize('n', [2, 4])
-@pytest.mark.parametrize('case', ['plain', 'regions', 'statistics', 'accumulated', 'paper', 'conventional', 'workers'])
+@pytest.mark.parametrize('case', ['plain', 'regions', 'statistics', 'accumulated', 'accumulated, regions', 'paper', 'paper, global', 'rotation', 'auto', 'conventional', 'workers'])
 def test_the_training_of_one_process(outcome, case, n):
-    "Weights, running statistics, θ, λ, losses and the table; with statistics frozen and not, with the paper's two phases, accumulation, clipping, and loader processes"
+    "Weights, running statistics, θ, λ, losses and the table; with statistics frozen and not, with the paper's two phases, accumulation, clipping, rotation control, and loader processes"
     one = outcome(case, 1)
     for rank in range(n):
         got = outcome(case, n, rank)
@@ -41,6 +41,21 @@ def test_the_training_of_one_process(outcome, case, n):
         np.testing.assert_allclose(got['table'], one['table'], rtol=1e-5)
         assert got['epoch']==one['epoch'] and got['chance'].equal(one['chance']), 'the next epoch would have other batches or other augmentations'
         assert got['bs']==16 and not got['forwards'] and got['wrapped']=='ReIDNet', 'loader and network are left as they were'
+
+@pytest.mark.parametrize('n', [1, 2, 4])
+def test_resumed_by_another_number(outcome, n):
+    "One process trains an epoch and `n` the next: the weights, θ, λ, angles and losses of two epochs in one process"
+    one = outcome('plain', 1)
+    for rank in range(n):
+        got = outcome('resumed', n, rank)
+        assert max(distance(got['weights'], one['weights']))<1e-9 and got['chance'].equal(one['chance'])
+        np.testing.assert_allclose(got['history'], one['history'], rtol=1e-5)
+        np.testing.assert_allclose(got['losses'], one['losses'][len(one['losses'])//2:], rtol=1e-5)
+
+@pytest.mark.parametrize('n', [2, 4])
+def test_turned_arrays(outcome, n):
+    "Of the cases with rotation control"
+    for case in 'rotation','auto': assert (outcome(case, n)['history'][:,-1]==1).any()
 
 @pytest.mark.parametrize('n', [2, 4])
 def test_in_float32(outcome, n):
@@ -171,9 +186,11 @@ def test_each_node_counts_its_own_restarts(monkeypatch):
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='finds the processes of torchrun in /proc')
 def test_torchrun_starts_again_by_itself(jobs, tmp_path):
     "One of its processes is killed: torchrun starts all of them anew, and these go on with the run"
-    data = jobs.all['one'].argv[1]
-    argv = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--max-restarts', '3', '-m', 'reid_fastai.cli', 'reid-train', data, '--out', 'run', *tiny, '3']
-    p = subprocess.Popen(argv, cwd=tmp_path, env=dict(env, OMP_NUM_THREADS='1'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    data,commands = jobs.all['one'].argv[1],Path(sys.executable).parent
+    start = ['--no-python'] if (commands/'reid-train').exists() else ['-m', 'reid_fastai.cli']
+    argv = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--max-restarts', '3', *start, 'reid-train', data, '--out', 'run', *tiny, '3']
+    path = f'{commands}{os.pathsep}{os.environ["PATH"]}'
+    p = subprocess.Popen(argv, cwd=tmp_path, env=dict(env, OMP_NUM_THREADS='1', PATH=path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     f = tmp_path/'run'/'metrics.csv'
     while not f.exists() or len(f.read_text().splitlines())<2:
         assert p.poll() is None, p.communicate()
