@@ -30,7 +30,7 @@ from .schedules import *
 #: Defaults of the recipes
 recipes = dict(
     quick=dict(arch='tf_efficientnet_lite0', regions=0, size='128x64', frozen_epochs=0, epochs=10, steps=None, lr=1e-3),
-    laptop=dict(arch='tf_efficientnet_lite0', regions=0, size='192x96', first_size='128x64', frozen_epochs=0, epochs=36, steps=None, lr=1e-3, l2='rotation', strength=3e-3),
+    laptop=dict(arch='tf_efficientnet_lite0', regions=0, size='256x128', first_size='128x64', frozen_epochs=0, epochs=34, steps=None, lr=1e-3, l2='auto', strength=3e-3),
     paper=dict(arch='resnet50', regions=2, size='384x128', frozen_epochs=paper_frozen_epochs, epochs=paper_epochs, steps=paper_steps, lr=paper_lr),
     published=dict(arch='osnet_x1_0'))  # the other defaults depend on the network
 
@@ -51,16 +51,16 @@ class RunConfig:
         arch:str=None, # Backbone, a convolutional network of timm or torchvision; default: the recipe's
         pretrained:str='imagenet', # Initial weights: 'imagenet', 'none', or a file with weights of the backbone or the model.safetensors of a run
         regions:int=None, # Number of horizontal strips, each with a branch: 2 in the paper, 0 for the light head; default: the recipe's
-        size:str=None, # Height x width of the images, px; default: the recipe's, 128x64 if quick, 192x96 if laptop
+        size:str=None, # Height x width of the images, px; default: the recipe's, 128x64 if quick, 256x128 if laptop
         first_size:str=None, # Size of the images in the first epochs, smaller than `size` (progressive resizing); default: the recipe's, 128x64 if laptop
-        first_epochs:int=None, # Number of epochs with `first_size`; default: five sixths of the epochs
+        first_epochs:int=None, # Number of epochs with `first_size`; default: seven tenths of the epochs
         n_pids:int=None, # Identities per batch; default: the recipe's, 16 if quick
         n_imgs:int=None, # Images per identity in a batch; default: the recipe's, 4 if quick
         frozen_epochs:int=None, # Epochs with a frozen backbone, before all others, for the recipe paper; default: 20 if paper
-        epochs:int=None, # Epochs in which the whole network is trained; if published, all epochs; default: the recipe's, 10 if quick, 36 if laptop
+        epochs:int=None, # Epochs in which the whole network is trained; if published, all epochs; default: the recipe's, 10 if quick, 34 if laptop
         steps:int=None, # Batches per epoch; default: the recipe's; if quick, as many as the training images fill
         lr:float=None, # Highest learning rate; default: the recipe's, 1e-3 if quick
-        l2:str=None, # Regulariser: 'adaptive', 'conventional', 'none', 'rotation', 'auto' (rotation, and adaptive L2 for other arrays), 'decoupled', 'cautious', 'cpr', 'l2sp', 'awd' or 'lamb'; default: adaptive, rotation if laptop, conventional if published
+        l2:str=None, # Regulariser: 'adaptive', 'conventional', 'none', 'rotation', 'auto' (rotation, and adaptive L2 for other arrays), 'decoupled', 'cautious', 'cpr', 'l2sp', 'awd' or 'lamb'; default: adaptive, auto if laptop, conventional if published
         amplitude:float=5e-3, # A of adaptive L2, also in 'auto'; each λ starts at A/2
         factor:float=None, # λ of conventional L2; default: 2.5e-3; if published, half the published weight decay
         strength:float=None, # Strength of the other regularisers, such as λ of 'rotation' and 'decoupled'; default: the recipe's, or the callback's
@@ -79,7 +79,7 @@ class RunConfig:
         if l2 not in (None, defaults['l2']): defaults['strength'] = None  # the recipe's strength is for the recipe's regulariser
         for k,v in defaults.items(): setattr(self, k, ifnone(getattr(self, k), v))
         self.data,self.size,self.first_size = _absolute(data, 'data'),_parse_size(self.size),self.first_size and _parse_size(self.first_size, 'first_size')
-        if self.first_size and first_epochs is None: self.first_epochs = min(round(self.epochs*5/6), self.epochs-1)
+        if self.first_size and first_epochs is None: self.first_epochs = min(round(.7*self.epochs), self.epochs-1)
         if pretrained not in ('imagenet','none'): self.pretrained = _absolute(pretrained, 'pretrained')
         if val_pids: self.eval_every = ifnone(eval_every, 1)
         self._check()
