@@ -139,7 +139,7 @@ def test_laptop_recipe(splits):
     "Another regulariser has a strength of its own; small images end before the last epoch; a network of one size is refused"
     cfg = RunConfig(recipe='laptop')
     assert (cfg.l2,cfg.strength,cfg.first_size,cfg.first_epochs,cfg.size)==('auto', 3e-3, [128,64], 24, [256,128])
-    assert cfg.but(l2='decoupled').strength is None and cfg.but(l2='decoupled').but(l2='rotation').strength==3e-3 and cfg.but(strength=.1).strength==.1
+    assert cfg.but(l2='decoupled').strength is None and cfg.but(l2='decoupled').but(l2='auto').strength==3e-3 and cfg.but(strength=.1).strength==.1
     assert RunConfig(recipe='laptop', l2='rotation').strength is None and RunConfig(recipe='laptop', epochs=2).first_epochs==1
     assert RunConfig().first_size is None and RunConfig().first_epochs is None
     with pytest.raises(ValueError, match='built for 256×128'): runs.check_run(splits, RunConfig(recipe='laptop', arch='rga_sc_resnet50', pretrained='none', n_pids=4))
