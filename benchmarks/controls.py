@@ -74,11 +74,8 @@ def main(a):
     splits = load_splits(a.data)
     setting = dict(dataset=splits.name, arch=base.arch, size='x'.join(map(str, base.size)), epochs=base.epochs, steps=base.steps, lam=a.lam)
     rows.check_same(**setting)
-    for seed in range(a.seed, a.seed+a.seeds):
-        for name in a.controls:
-            if rows.has(control=name, seed=seed): continue
-            rows.add(dict(control=name, seed=seed, **train(name, splits, base.but(seed=seed), a.lam, a.device), **setting, torch=torch.__version__))
-            print({k: rows[-1][k] for k in ('control','seed','mAP','Rank-1','minutes')}, flush=True)
+    def run(name, seed): return dict(train(name, splits, base.but(seed=seed), a.lam, a.device), **setting, torch=torch.__version__)
+    rows.fill('control', a.controls, range(a.seed, a.seed+a.seeds), run, ('mAP','Rank-1','minutes'))
     df = pd.DataFrame(rows).groupby('control', sort=False).agg({'seed': 'count', 'mAP': ['mean','std'], 'Rank-1': 'mean'}).reset_index()
     pm = [f'{m:.2f}'+(f' ± {s:.2f}' if s==s else '') for m,s in zip(df.mAP['mean'], df.mAP['std'])]
     print(markdown_table(pd.DataFrame({'control': [CONTROLS[o][0] if o in CONTROLS else o for o in df.control], 'seeds': df.seed['count'], 'mAP': pm, 'Rank-1': df['Rank-1']['mean'].map('{:.2f}'.format)})))

@@ -26,17 +26,17 @@ from reid_fastai.data.augment import EraseEach
 from reid_fastai.data.holdout import hold_out
 from reid_fastai.experiments import markdown_table
 from reid_fastai.losses import ReIDLoss
-from reid_fastai.models import ObjectiveHead
-from reid_fastai.runs import fit_run, load_splits, make_learner
+from reid_fastai.models import ObjectiveHead, at_least_float32, global_average
+from reid_fastai.runs import fit_run, load_splits, make_learner, result_figures
 
 class GeMHead(ObjectiveHead):
     "Generalised mean over space, with exponent 3"
-    def embed(self, fmap): return fmap.float().clamp(1e-6).pow(3).mean((2,3)).pow(1/3).clamp(0, 1)
+    def embed(self, fmap): return global_average(at_least_float32(fmap).clamp(1e-6)**3).pow(1/3).clamp(0, 1)
 
 class PatchEach(EraseEach):
     "Cover a rectangle of an image with the same part of another image of the batch"
+    def __init__(self): super().__init__(fill=0.)
     def encodes(self, x:TensorImage):
-        self.fill = 0.
         part = super().encodes(torch.ones_like(x))
         return torch.where(part==0, x.roll(len(x)//2, 0), x)
 
@@ -73,10 +73,6 @@ CHANGES = {
     'half rate': ('half the learning rate', None, lambda c: dict(lr=c.lr/2)),
     'double rate': ('twice the learning rate', None, lambda c: dict(lr=2*c.lr))}
 
-def figures(feats, df):
-    r = search(feats, df)
-    return 100*r.mAP,100*r.rank1
-
 def train(name, splits, cfg, device):
     "Train with one change → its figures on the held-out identities, last epoch"
     _,change,opts = CHANGES[name]
@@ -89,8 +85,8 @@ def train(name, splits, cfg, device):
     minutes = (time.perf_counter()-start)/60
     feats,neck = learn.embed(flip=cfg.flip),learn.model.heads[0].neck.eval()
     with torch.no_grad(): after = neck(feats.to(neck.running_mean.device)).cpu()
-    res = dict(zip(('mAP','Rank-1','mAP after the neck','Rank-1 after the neck'), (*figures(feats, learn.dls.test_df), *figures(after, learn.dls.test_df))))
-    return {**{k: round(v, 3) for k,v in res.items()}, 'minutes': round(minutes, 1)}
+    res = {k+where: result_figures(search(o, learn.dls.test_df))[k] for o,where in ((feats,''), (after,' after the neck')) for k in ('mAP','Rank-1')}
+    return dict(res, minutes=round(minutes, 1))
 
 def main(a):
     if odd := [o for o in a.changes if o not in CHANGES]: raise ValueError(f'--changes {odd}: there are {list(CHANGES)}.')
@@ -98,13 +94,10 @@ def main(a):
     rows,base = Rows(a.out),RunConfig(**dict(dict(epochs=5, steps=200, l2='auto'), **dict(a.set), data=a.data))
     if base.regions: raise ValueError(f'regions={base.regions}: the changes are made for the light head. Use regions=0.')
     splits = hold_out(load_splits(a.data), .2, base.seed, a.distractors)
-    setting = dict(dataset=splits.name, distractors=a.distractors, arch=base.arch, size='x'.join(map(str, base.size)), epochs=base.epochs, steps=base.steps, l2=base.l2)
+    setting = dict(dataset=splits.name, distractors=a.distractors, arch=base.arch, size='x'.join(map(str, base.size)), epochs=base.epochs, steps=base.steps, l2=base.l2, precision=base.precision)
     rows.check_same(**setting)
-    for seed in range(base.seed, base.seed+a.seeds):
-        for name in a.changes:
-            if rows.has(change=name, seed=seed): continue
-            rows.add(dict(change=name, seed=seed, **train(name, splits, base.but(seed=seed), a.device), **setting, precision=base.precision or 'default', torch=torch.__version__))
-            print({k: rows[-1][k] for k in ('change','seed','mAP','Rank-1','mAP after the neck','minutes')}, flush=True)
+    def run(name, seed): return dict(train(name, splits, base.but(seed=seed), a.device), **setting, torch=torch.__version__)
+    rows.fill('change', a.changes, range(base.seed, base.seed+a.seeds), run, ('mAP','Rank-1','mAP after the neck','minutes'))
     df = pd.DataFrame(rows)
     mean = df.groupby('change', sort=False)[['mAP','Rank-1','mAP after the neck','Rank-1 after the neck','minutes']].mean().reset_index()
     mean.insert(1, 'seeds', df.groupby('change', sort=False).seed.count().values)

@@ -22,6 +22,14 @@ class Rows(list):
         for k,v in values.items():
             if self and self[0][k]!=v: raise ValueError(f'{self.file} has rows with {k}={self[0][k]}, but this call has {v}. Name another file.')
 
+    def fill(self, key, names, seeds, train, shown):
+        "Add a row with the result of `train(name, seed)` for each name, in column `key`, and seed that has none, and print the columns `shown`"
+        for seed in seeds:
+            for name in names:
+                if self.has(**{key: name, 'seed': seed}): continue
+                self.add({key: name, 'seed': seed, **train(name, seed)})
+                print({k: self[-1][k] for k in (key,'seed',*shown)}, flush=True)
+
     def add(self, row):
         "Add a row, and write the file"
         self.append(row)

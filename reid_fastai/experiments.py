@@ -20,7 +20,7 @@ from fastcore.all import *
 from matplotlib.ticker import NullFormatter
 from scipy import stats
 
-from .callback.history import plot_lambda_hist
+from .callback.history import _penalised,plot_lambda_hist
 from .config import *
 from .core import ReIDSplits,check_share
 from .data.holdout import *
@@ -218,9 +218,8 @@ def plot_strengths(
 ) -> plt.Axes: # The first axis
     "Plot a metric against the strength, one panel per arm: hollow points are held-out runs, filled points are test runs, lines join means over seeds, and a dotted line is the mean test result without regulariser"
     arms = [a for a in ALL_ARMS if a in set(runs.arm[runs.strength.notna()])]
-    none = runs[metric][(runs.arm=='none') & (runs.stage=='final')]
+    none,n = runs[metric][(runs.arm=='none') & (runs.stage=='final')],min(len(arms), 4)  # n: panels in a row
     if axs is None:
-        n = min(len(arms), 4)
         axs = plt.subplots(rows := -(-len(arms)//n), n, figsize=(1+2*n,.4+2.6*rows), sharey=True, squeeze=False, layout='constrained')[1].flat
         for ax in axs[len(arms):]: ax.axis('off')
     for ax,arm in zip(axs, arms):
@@ -233,7 +232,7 @@ def plot_strengths(
         tried = sorted(runs.strength[runs.arm==arm].dropna().unique())
         ax.set_xticks(tried, [f'{v:g}' for v in tried], rotation=45 if len(tried)>3 else 0)
         ax.xaxis.set_minor_formatter(NullFormatter())
-    for ax in axs[::4]: ax.set_ylabel(f'{metric} (%)')
+    for ax in axs[::n]: ax.set_ylabel(f'{metric} (%)')
     axs[0].legend(frameon=False)
     return axs[0]
 
@@ -269,8 +268,7 @@ def _label_ends(ax, ends, colors, gap=.08):
 
 def _mean_lambda(h):
     "Mean λ of the arrays that do not rotate, by epoch"
-    if 'rotates' in h: h = h[~h.rotates]
-    return h.groupby('epoch', as_index=False).lam.mean().rename(columns={'lam':'mean λ'})
+    return _penalised(h).groupby('epoch', as_index=False).lam.mean().rename(columns={'lam':'mean λ'})
 
 def plot_mean_lambda(
     histories:dict, # Arm -> `lambdas.csv` of its runs, as DataFrames

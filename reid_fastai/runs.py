@@ -21,6 +21,7 @@ from .callback.checkpoint import *
 from .callback.distributed import check_same_data
 from .callback.evaluation import *
 from .callback.history import *
+from .callback.history import _penalised
 from .callback.precision import *
 from .callback.regularizer import L2Callback,find_l2
 from .config import *
@@ -246,7 +247,7 @@ def _write(out, learn, splits, cfg, results, res):
     save_ranked(results, *search_rows(splits), out/'ranked.png')
     if (cb := find_l2(learn)) and (cb.history.angle>0).any(): save_figure(learn.plot_angle_hist().figure, out/'angle_hist.png')
     if isinstance(cb, L2Callback):
-        lam = cb.history[lambda o: (o.epoch==o.epoch.max()) & ~o.rotates].lam
+        lam = _penalised(cb.history)[lambda o: o.epoch==o.epoch.max()].lam
         res.update(lambda_min=float(lam.min()), lambda_mean=float(lam.mean()), lambda_max=float(lam.max()), arrays=len(lam))
         save_figure(learn.plot_lambda_hist()[0].figure, out/'lambda_hist.png')
     atomic_write(out/'summary.md', run_summary(cfg, res))

@@ -88,7 +88,7 @@ class _FastGradients:
         return self.training and torch.is_grad_enabled() and self.weight.requires_grad and x.device.type=='cpu' and x.ndim==4 and not compiled
 
 class DepthwiseConv2d(_FastGradients, nn.Conv2d): "Depthwise convolution with fast gradients on CPUs"
-class DepthwiseConv2dSame(_FastGradients, Conv2dSame): "`DepthwiseConv2d` with the padding of TensorFlow, as in timm\'s `tf_` networks"
+class DepthwiseConv2dSame(_FastGradients, Conv2dSame): "`DepthwiseConv2d` with the padding of TensorFlow, as in timm's `tf_` networks"
 
 # %% ../../nbs/03g_models.depthwise.ipynb #0cf4d576
 _fast_kinds = {nn.Conv2d: DepthwiseConv2d, Conv2dSame: DepthwiseConv2dSame}
