@@ -137,6 +137,31 @@ def test_recipe(tmp_path):
         res = forked(*args, *bad, logs=tmp_path)
         assert res.returncode==1 and words in res.stderr and 'Traceback' not in res.stderr
 
+def test_changes_of_a_recipe(monkeypatch):
+    "A patch comes from another image of the batch, GeM weighs large values more, and the average follows the weights"
+    from fastai.torch_core import TensorImage
+    from reid_fastai.test_utils import tiny_learner
+    monkeypatch.syspath_prepend(root/'benchmarks')
+    recipe = SimpleNamespace(**runpy.run_path(str(root/'benchmarks'/'recipe.py')))
+    learn = tiny_learner()
+    recipe.patch(learn)
+    cover, = [o for o in learn.dls.train.after_batch.fs if isinstance(o, recipe.PatchEach)]
+    torch.manual_seed(0)
+    x = TensorImage(torch.arange(32.).view(-1, 1, 1, 1).expand(-1, 3, 16, 8))
+    values = [o.unique().tolist() for o in cover.encodes(x)]
+    assert all(set(v)<={i, (i+16)%32} and i in v for i,v in enumerate(values)) and 8<sum(len(v)==2 for v in values)<24
+    head = recipe.GeMHead(1, 2)
+    fmap = torch.tensor([.1,.5]).view(1, 1, 1, 2)
+    assert head.embed(fmap).item()==pytest.approx(((.1**3+.5**3)/2)**(1/3), rel=1e-5)
+    ps = lambda: torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+    start = ps()
+    recipe.averaged(learn)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+    averaged = ps()
+    with learn.no_bar(), learn.no_logging(): tiny = tiny_learner(); tiny.fit(1, 1e-2)
+    last = torch.cat([p.detach().flatten() for p in tiny.model.parameters()])
+    assert 0<(averaged-start).norm()<(last-start).norm()
+
 def test_rows_of_a_value_that_is_none(tmp_path, monkeypatch):
     "A CSV file holds None as an empty cell"
     monkeypatch.syspath_prepend(root/'benchmarks')
