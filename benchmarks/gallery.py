@@ -6,11 +6,12 @@ Embeddings are clustered as those of people are: 20 images of each, around a cen
 own, so that its peak memory is its own. At the default size about 12 GB of disk and 16 GB of memory are needed.
 The environment variables OMP_NUM_THREADS and LANCE_CPU_THREADS set the threads of PyTorch and of the database.
 """
-import argparse, resource, statistics, subprocess, sys, tempfile, time
+import argparse, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import torch
 
+from memory import peak
 from reid_fastai.gallery import Gallery
 from reid_fastai.gallery_table import _lancedb, _schema, _table
 
@@ -24,7 +25,6 @@ def images(people, d, seed):
     return base[people.unique(return_inverse=True)[1]]+torch.randn(len(people), d, generator=torch.Generator().manual_seed(seed))
 
 def queries(a): return images(torch.randint(0, max(1, a.n//PER), (a.queries,), generator=torch.Generator().manual_seed(1)), a.d, 2**40)
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e6*(1 if sys.platform!='darwin' else 1e-3)
 def disk(d): return sum(o.stat().st_size for o in Path(d).rglob('*') if o.is_file())/1e9
 
 def timed(f):

@@ -8,12 +8,13 @@ Each size runs in a process of its own, so that its peak memory is its own.
 checkout of KaiyangZhou/deep-person-reid, its extension built by `python setup.py build_ext --inplace` in `torchreid/metrics/rank_cylib`.
 The environment variable OMP_NUM_THREADS sets the threads of PyTorch and of NumPy.
 """
-import argparse, functools, resource, statistics, subprocess, sys, time
+import argparse, functools, statistics, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from memory import peak
 from reid_fastai.evaluation.all import RetrievalResults
 
 SIZES = dict(tiny=(200, 1000, 50), market=(3368, 15913, 750), msmt17=(11659, 82161, 3060))
@@ -34,8 +35,6 @@ def timed(f):
     t = time.perf_counter()
     res = f()
     return time.perf_counter()-t,res
-
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1e6*(1 if sys.platform!='darwin' else 1e-3)
 
 def product(q, g):
     "The bare product of tensors or arrays, a block at a time where the whole would take more than 2 GB"

@@ -10,7 +10,7 @@
 All take turns in one process; ratios are medians of the rounds. Peak memory is that of a process of its own. DIR is a checkout of KaiyangZhou/deep-person-reid or
 JDAI-CV/fast-reid (the latter needs the packages yacs and termcolor). People are rendered by `make_synthetic`.
 """
-import argparse, collections, collections.abc, contextlib, io, itertools, os, resource, statistics, subprocess, sys, tempfile, time, warnings
+import argparse, collections, collections.abc, contextlib, io, itertools, os, statistics, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -18,6 +18,7 @@ import torch
 from fastai.callback.core import Callback, CancelValidException
 from torch import nn
 
+import memory
 from reid_fastai.callback.precision import ReIDPrecision, precisions
 from reid_fastai.callback.regularizer import AdaptiveL2
 from reid_fastai.core import JUNK_PID, keep_freed_memory
@@ -157,10 +158,7 @@ def fastreid(a):
         sync()
     return go
 
-def peak():
-    "GB of this process; on a GPU of its memory"
-    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e6 if sys.platform!='darwin' else 1e9)
+def peak(): return torch.cuda.max_memory_allocated()/1e9 if torch.cuda.is_available() else memory.peak()
 
 def timed(go):
     start = time.perf_counter()
@@ -183,22 +181,21 @@ def main(a):
     for go in gos.values(): go()  # warm up
     ts = [[timed(go) for go in gos.values()] for _ in range(a.rounds)]
     cols = dict(zip(gos, zip(*ts)))
-    for k,t in cols.items(): print(f'  {k}: {a.steps*a.bs/statistics.median(t):.1f} images/s', flush=True)
     def ratio(k, of): return statistics.median(o/t for o,t in zip(cols[of], cols[k]))
     print(f'  fit is {ratio("fit", "bare loop"):.3f} × the bare loop (goal 0.97)', flush=True)
     for peer in 'torchreid','fast-reid':
         if peer in cols: print(f'  from files, {a.epochs} epochs of {a.steps} steps: {ratio("from files", peer):.2f} × {peer} (goal 1.5)')
-    for k in cols:
+    print('\n| loop | images/s | peak memory, GB |\n|---|---|---|', flush=True)
+    for k,t in cols.items():
         res = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--only', k, '--data', str(a.data), '--steps', '2'], capture_output=True, text=True)
-        print(f'  peak memory of {k}: '+(f'{float(res.stdout.split()[-1]):.2f} GB' if res.returncode==0 else 'not known'), flush=True)
-
+        print(f'| {k} | {a.steps*a.bs/statistics.median(t):.1f} | '+(f'{float(res.stdout.split()[-1]):.2f}' if res.returncode==0 else 'not known')+' |', flush=True)
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--arch', default='resnet50')
     p.add_argument('--size', nargs=2, type=int, default=(256,128), metavar=('H','W'))
     p.add_argument('--bs', type=int, default=16, help='images in a batch, a multiple of 4')
-    p.add_argument('--steps', type=int, default=4, help='of a round')
+    p.add_argument('--steps', type=int, default=8, help='of a round; the loaders of the other libraries have up to four batches ready when it begins')
     p.add_argument('--rounds', type=int, default=5)
     p.add_argument('--epochs', type=int, default=10, help='over which decoding once is spread')
     p.add_argument('--precision', default='fp32', choices=list(precisions), help='of ours and of the bare loop')

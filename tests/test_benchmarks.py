@@ -84,6 +84,13 @@ def test_training_beside_a_bare_loop(tmp_path):
     res = forked('benchmarks/training.py', logs=tmp_path, *['--arch', 'resnet10t', '--size', '64', '32', '--bs', '8', '--steps', '1', '--rounds', '1'])
     assert res.returncode==0 and '× the bare loop' in res.stdout and 'peak memory' in res.stdout, res.stderr[-800:]
 
+def test_peak_memory_of_a_process(tmp_path):
+    "A process has its own peak, not that of the larger process that started it"
+    code = "import numpy as np, subprocess, sys; sys.path.insert(0, 'benchmarks'); from memory import peak; np.ones(10**8); print(peak()); sys.exit(subprocess.call([sys.executable, '-c', 'import sys; sys.path.insert(0, \"benchmarks\"); from memory import peak; print(peak())']))"
+    res = run('-c', code)
+    parent,child = map(float, res.stdout.split())
+    assert .8<parent<1.2 and child<.1, res.stdout
+
 def test_how_many_identities(tmp_path):
     "Nested parts of the training identities, the same steps and the same test set; complete runs are not repeated"
     import pandas as pd
@@ -235,6 +242,7 @@ def test_exported_networks():
 def test_gallery_at_toy_size(monkeypatch, capsys):
     "All steps in this process, as the database does not survive a fork"
     pytest.importorskip('lancedb')
+    monkeypatch.syspath_prepend(root/'benchmarks')
     def here(*argv):
         monkeypatch.setattr(sys, 'argv', list(argv))
         runpy.run_path(argv[0], run_name='__main__')

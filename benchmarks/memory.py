@@ -1,0 +1,8 @@
+"Memory of a process"
+import re, resource, sys
+from pathlib import Path
+
+def peak():
+    "The most memory that this process has used, GB. On Linux `ru_maxrss` of a new process includes the peak of the one that started it, VmHWM does not"
+    if (status := Path('/proc/self/status')).exists(): return int(re.search(r'VmHWM:\s+(\d+) kB', status.read_text())[1])*1024/1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(1e9 if sys.platform=='darwin' else 1e6)
