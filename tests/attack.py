@@ -14,7 +14,7 @@ from hostile import ANY_FIGURES, CUTS, DAMAGES, NO_FILE, PIXELS, SAME_OR_REFUSED
 from PIL import Image
 
 LIMIT = 60  # seconds after which a command hangs
-TINY = '--arch resnet10t --pretrained none --size 64x32 --n-pids 4 --epochs 3 --steps 2'.split()
+TINY = '--arch test_resnet --pretrained none --size 64x32 --n-pids 4 --epochs 3 --steps 2'.split()
 COMPARE = [*TINY, *'--epochs 1 --arms none adaptive --amplitudes 5e-3 --seeds 1'.split()]
 PROGS = {'reid-train':['data'], 'reid-eval':['run','data'], 'reid-compare':['data'], 'reid-synth':['path'],
     'reid-embed':['model','images'], 'reid-search':['gallery','photos'], 'reid-export':['run']}  # and their positional arguments

@@ -1,20 +1,22 @@
 "The commands as a user runs them: what they write, what they refuse, and that they repeat themselves"
-import json, re, runpy, shlex, shutil, subprocess, sys, time
+import json, os, re, runpy, shlex, shutil, signal, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
-import pandas as pd, pytest
+import pandas as pd, pytest, torch
 
 from reid_fastai import cli
 from reid_fastai.cli import *
+from reid_fastai.cli import main
 from reid_fastai.data.datasets import read_dataset
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.evaluation.verification import read_verification
 from reid_fastai.export import save_model
 from reid_fastai.models import build_reid_net
 from reid_fastai.shell import _parse
+from forks import fork, leave, log_to
 
-tiny_args = dict(arch='resnet10t', pretrained='none', size='64x32', n_pids=4, epochs=2, steps=2)
+tiny_args = dict(arch='test_resnet', pretrained='none', size='64x32', n_pids=4, epochs=2, steps=2)
 
 @pytest.fixture(scope='module')
 def data(): return str(make_synthetic(tiny=True))
@@ -65,7 +67,7 @@ def test_other_regularisers(kw, data, tmp_path):
     (['--amplitude', 'nan'], 'amplitude: got nan'), (['--size', 'big'], 'such as 256x128'), (['--epochs', '0'], 'epochs=0'), (['--l2', 'lasso'], "'lasso'"),
     (['--pretrained', '/no/such.safetensors'], 'there is no such file'), (['--seed', '-1'], 'seed=-1'),
     (['--size', '64x32', '--regions', '9'], 'can be cut into at most 8 strips'),
-    (['--arch', 'resnet10t', '--pretrained', 'none', '--size', '64x32', '--n-pids', '4', '--regions', '8'], 'cut into 8 strips')])
+    (['--arch', 'test_resnet', '--pretrained', 'none', '--size', '64x32', '--n-pids', '4', '--regions', '8'], 'cut into 8 strips')])
 def test_bad_input_exits_with_2(args, words, tmp_path, shell):
     res = shell('reid-train', '--out', tmp_path/'run', *args)
     assert res.returncode==2 and words in res.err and 'Traceback' not in res.err, res.err
@@ -126,7 +128,7 @@ def test_verify_would_replace(run, tmp_path, shell):
 def test_thresholds_of_another_model_are_kept(run, tmp_path, shell, monkeypatch):
     "Also in `--out`; those of the same model and a damaged file are replaced"
     shutil.copytree(run, own := tmp_path/'run')
-    other = save_model(build_reid_net('resnet10t', n_classes=5, regions=0, pretrained=False, size=(64,32)), own/'other.safetensors', size=(64,32))
+    other = save_model(build_reid_net('test_resnet', n_classes=5, regions=0, pretrained=False, size=(64,32)), own/'other.safetensors', size=(64,32))
     for _ in range(2): assert shell('reid-eval', own, '--verify', '--features', tmp_path/'f.safetensors').returncode==0
     kept = (own/'verification.json').read_bytes()
     with monkeypatch.context() as m:
@@ -145,14 +147,14 @@ def test_data_that_is_none(tmp_path, data, shell):
     (tmp_path/'photos').mkdir()
     res = shell('reid-train', tmp_path/'photos', '--out', tmp_path/'r')
     assert res.returncode==2 and 'no known layout' in res.err and 'bounding_box_train' in res.err
-    res = shell('reid-train', data, '--out', tmp_path/'r', '--size', '64x32', '--n-pids', '99', '--arch', 'resnet10t', '--pretrained', 'none')
+    res = shell('reid-train', data, '--out', tmp_path/'r', '--size', '64x32', '--n-pids', '99', '--arch', 'test_resnet', '--pretrained', 'none')
     assert res.returncode==2 and '99' in res.err and not (tmp_path/'r').exists()
 
 def test_truncated_image_is_named(tmp_path, shell):
     d = make_synthetic(tmp_path/'d', tiny=True)
     bad = sorted((d/'query').iterdir())[0]
     bad.write_bytes(bad.read_bytes()[:200])
-    res = shell('reid-train', d, '--out', tmp_path/'r', '--size', '64x32', '--n-pids', '4', '--arch', 'resnet10t', '--pretrained', 'none')
+    res = shell('reid-train', d, '--out', tmp_path/'r', '--size', '64x32', '--n-pids', '4', '--arch', 'test_resnet', '--pretrained', 'none')
     assert res.returncode==2 and bad.name in res.err
 
 def test_help_states_units_and_defaults(shell):
@@ -162,28 +164,37 @@ def test_help_states_units_and_defaults(shell):
 @pytest.mark.parametrize('cmd', ['reid-eval', 'reid-export', 'reid-search'])
 def test_every_command_runs_as_a_module(cmd, monkeypatch, capsys):
     "Those of other modules too, where no script is on the path"
-    from reid_fastai.cli import main
     monkeypatch.setattr(sys, 'argv', sys.argv)
     with pytest.raises(SystemExit) as e: main([cmd, '--help'])
     assert not e.value.code and f'usage: {cmd} ' in capsys.readouterr().out
 
+def forked(*argv, log):
+    "Runs a command in a forked process, whose number is returned"
+    def f():
+        log_to(log)
+        torch.set_num_threads(1)  # the threads of the parent do not exist in a fork
+        try: main([str(o) for o in argv])
+        except SystemExit as e: leave(e)
+    return fork(f)
+
 def _csv(run): return pd.read_csv(run/'metrics.csv').drop(columns='seconds')
 
+@pytest.mark.skipif(not hasattr(os, 'fork') or torch.cuda.is_available(), reason='CUDA does not survive a fork')
 def test_resume_after_a_kill(data, tmp_path, shell):
     "Killed by the system in the middle of an epoch, and gone on with by another process: the last digit is the same"
-    args = ['--arch', 'resnet10t', '--pretrained', 'none', '--size', '64x32', '--n-pids', '4', '--epochs', '5', '--steps', '4', '--eval-every', '2']
+    args = ['--arch', 'test_resnet', '--pretrained', 'none', '--size', '64x32', '--n-pids', '4', '--epochs', '5', '--steps', '4', '--eval-every', '2']
     whole,cut = tmp_path/'whole',tmp_path/'cut'
     assert shell('reid-train', data, '--out', whole, *args).returncode==0
-    p = subprocess.Popen([script('reid-train'), data, '--out', str(cut), *args], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    pid = forked('reid-train', data, '--out', cut, *args, log=tmp_path/'killed')
     while not (cut/'metrics.csv').exists() or len(pd.read_csv(cut/'metrics.csv'))<2:
-        assert p.poll() is None
+        assert not os.waitpid(pid, os.WNOHANG)[0], (tmp_path/'killed.err').read_text()
         time.sleep(.02)
-    p.kill()
-    p.wait()
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
     assert (cut/'checkpoint.pth').exists() and not (cut/'results.json').exists()
     res = shell('reid-train', '--resume', cut, '--lr', '1')
     assert res.returncode==2 and 'lr' in res.err
-    assert subprocess.run([script('reid-train'), '--resume', str(cut)], capture_output=True).returncode==0
+    assert os.waitpid(forked('reid-train', '--resume', cut, log=tmp_path/'resumed'), 0)[1]==0, (tmp_path/'resumed.err').read_text()
     pd.testing.assert_frame_equal(_csv(whole), _csv(cut), check_exact=True)
     for f in ('model.safetensors','lambdas.csv'): assert (whole/f).read_bytes()==(cut/f).read_bytes()
     assert shell('reid-train', '--resume', cut).returncode==0  # complete: nothing is trained again
@@ -211,7 +222,7 @@ def test_held_out_identities_choose(data, tmp_path):
     assert 'was chosen by mAP on 25 %' in (out/'summary.md').read_text()
 
 def test_compare(data, tmp_path, shell):
-    args = [data, '--out', tmp_path/'c', '--arch', 'resnet10t', '--pretrained', 'none', '--size', '64x32', '--n-pids', '4', '--epochs', '1', '--steps', '2',
+    args = [data, '--out', tmp_path/'c', '--arch', 'test_resnet', '--pretrained', 'none', '--size', '64x32', '--n-pids', '4', '--epochs', '1', '--steps', '2',
             '--arms', 'none', 'adaptive', '--seeds', '1', '--amplitudes', '5e-3']
     res = shell('reid-compare', *args)
     assert res.returncode==0 and '| adaptive | 0.005 |' in res.out, res.err

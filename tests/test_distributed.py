@@ -100,7 +100,7 @@ def test_a_second_start_ignores_the_keys_of_the_first():
 
 # ---- from the shell
 
-tiny = '--arch resnet10t --pretrained none --size 64x32 --n-pids 4 --steps 2 --epochs'.split()
+tiny = '--arch test_resnet --pretrained none --size 64x32 --n-pids 4 --steps 2 --epochs'.split()
 
 @pytest.fixture(scope='module')
 def jobs(tmp_path_factory):

@@ -53,7 +53,7 @@ def test_frozen_is_frozen_entirely(splits):
     "Weights, running statistics and batch norms of the backbone stay as they are; necks, classifiers and region convolutions train"
     set_seed(0)
     dls = ReIDDataLoaders.from_splits(splits, size=(64,32), n_pids=4, n_imgs=4, steps=2, device='cpu')
-    learn = reid_learner(dls, 'resnet10t', pretrained=False, cbs=AdaptiveL2(), train_bn=True)
+    learn = reid_learner(dls, 'test_resnet', pretrained=False, cbs=AdaptiveL2(), train_bn=True)
     groups = [{id(p) for p in g} for g in learn.splitter(learn.model)]
     snap = lambda: {n: t.clone() for n,t in learn.model.state_dict().items()}
     at = {0: snap()}
@@ -90,7 +90,7 @@ def test_a_run_passes_through_every_phase(splits, tmp_path):
     cfg = json.loads((out/'config.json').read_text())
     assert 'Measured after epoch 3 of 3' in (out/'summary.md').read_text() and cfg['recipe']=='paper'
 
-small_args = {**paper_args, 'arch': 'resnet10t'}
+small_args = {**paper_args, 'arch': 'test_resnet'}
 
 @pytest.fixture(scope='module')
 def whole(splits, tmp_path_factory):
@@ -125,7 +125,7 @@ def test_published_recipe_is_the_default_of_its_network(arch, opts):
     if not given: assert cfg.n_pids*cfg.n_imgs==r.batch
     with pytest.raises(ValueError, match='no published recipe'): RunConfig(recipe='published', arch='resnet18')
 
-@pytest.mark.parametrize('opts', [dict(recipe='published', arch='osnet_x0_25', n_imgs=2, l2='adaptive'), dict(recipe='laptop', arch='resnet10t', size='64x64', first_size='32x32')])
+@pytest.mark.parametrize('opts', [dict(recipe='published', arch='osnet_x0_25', n_imgs=2, l2='adaptive'), dict(recipe='laptop', arch='test_resnet', size='64x64', first_size='32x32')])
 def test_a_run_goes_on_to_the_same_digits(opts, tmp_path, interrupted):
     "AMSGrad's largest moments, the schedule and the size of the images are those of a run without interruption"
     splits = read_dataset(make_synthetic(tiny=True))

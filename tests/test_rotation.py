@@ -86,7 +86,7 @@ def test_no_direction_no_turn():
 
 def test_networks_whose_invariant_arrays_are_known():
     import timm
-    m = timm.create_model('resnet10t', num_classes=5)
+    m = timm.create_model('test_resnet', num_classes=5)
     x = torch.randn(4, 3, 32, 32)
     convs = [n for n,p in m.named_parameters() if p.ndim==4]
     before,rng = {k: v.clone() for k,v in m.state_dict().items()},torch.get_rng_state()
@@ -331,7 +331,7 @@ def test_resume_to_the_last_digit(tmp_path, interrupted):
     from reid_fastai.data.synthetic import make_synthetic
     from reid_fastai.runs import train_run
     splits = read_dataset(make_synthetic(tiny=True))
-    cfg = RunConfig(str(splits.root), arch='resnet10t', pretrained='none', size='64x32', n_pids=4, steps=2, epochs=2, lr=1e-2, l2='auto')
+    cfg = RunConfig(str(splits.root), arch='test_resnet', pretrained='none', size='64x32', n_pids=4, steps=2, epochs=2, lr=1e-2, l2='auto')
     train_run(tmp_path/'whole', splits, cfg)
     interrupted(tmp_path/'cut', splits, cfg, 1)
     train_run(tmp_path/'cut', splits, cfg)

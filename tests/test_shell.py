@@ -13,7 +13,7 @@ from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.files import *
 from reid_fastai.shell import Patient, Terminated, one_line, run_command
 
-tiny = ['--arch', 'resnet10t', '--pretrained', 'none', '--size', '64x32', '--n-pids', '4', '--epochs', '2', '--steps', '2']
+tiny = ['--arch', 'test_resnet', '--pretrained', 'none', '--size', '64x32', '--n-pids', '4', '--epochs', '2', '--steps', '2']
 pos = dict(reid_train=['data'], reid_eval=['run','data'], reid_compare=['data'])
 
 @pytest.fixture(scope='module')
@@ -206,7 +206,7 @@ def test_commands_keep_freed_memory(tmp_path, monkeypatch):
 def test_an_unknown_network_is_refused_before_images_are_rendered(tmp_path, shell, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, 'load_splits', lambda *_: pytest.fail('it reads the data'))
-    for args in ((reid_train, '--arch', 'resnet5'), (reid_compare, '--arch', 'resnet5'), (reid_compare, '--archs', 'resnet10t', 'resnet5')):
+    for args in ((reid_train, '--arch', 'resnet5'), (reid_compare, '--arch', 'resnet5'), (reid_compare, '--archs', 'test_resnet', 'resnet5')):
         refused(shell(*args), "'resnet5'", 'resnet50')
     assert not list(tmp_path.iterdir())
 
