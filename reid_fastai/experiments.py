@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'GRIDS', 'ALL_ARMS', 'next_strength', 'tune', 'Comparison', 'paired_difference', 'comparison_table',
-           'plot_strengths', 'plot_learning_curves', 'plot_mean_lambda', 'markdown_table']
+           'difference_table', 'plot_strengths', 'plot_learning_curves', 'plot_mean_lambda', 'markdown_table']
 
 # %% ../nbs/20_experiments.ipynb #1e31c3da
 import json,re,warnings
 from contextlib import contextmanager
+from itertools import chain
 from math import sqrt
 from pathlib import Path
 from typing import Callable
@@ -189,26 +190,39 @@ def paired_difference(
     d = (a-b).dropna()
     return d.mean(), stats.t.ppf(.975, len(d)-1)*d.std()/sqrt(len(d)) if len(d)>1 else np.nan
 
+def _final(runs):
+    "The arms with test runs, in order; and a function that gives a column of an arm, by seed"
+    final = runs[runs.stage=='final']
+    return [a for a in ALL_ARMS if a in set(final.arm)],lambda arm, m: final[final.arm==arm].set_index('seed')[m]
+
+def _pm(m, s, sign=''): return f'{m:{sign}.2f}'.replace('-', '−') + (f' ± {s:.2f}' if s==s else '')
+
 def comparison_table(
     runs:pd.DataFrame, # `Comparison.runs`
     metrics:list=('mAP','Rank-1') # Columns of `runs`, %
 ) -> pd.DataFrame: # One row per arm; the cells are texts
     "Compare arms: mean ± standard deviation, and differences paired by seed"
-    final = runs[runs.stage=='final']
-    arms = [a for a in ALL_ARMS if a in set(final.arm)]
-    of = lambda arm, m: final[final.arm==arm].set_index('seed')[m]
-    pm = lambda m, s, sign='': f'{m:{sign}.2f}'.replace('-', '−') + (f' ± {s:.2f}' if s==s else '')
+    arms,of = _final(runs)
     rows = {}
     for arm in arms:
-        strength = final[final.arm==arm].strength.iloc[0]
-        row = {'strength': '' if pd.isna(strength) else f'{strength:g}', 'seeds': int((final.arm==arm).sum())}
+        strength = of(arm, 'strength').iloc[0]
+        row = {'strength': '' if pd.isna(strength) else f'{strength:g}', 'seeds': len(of(arm, 'strength'))}
         for m in metrics:
-            row[m] = pm(of(arm, m).mean(), of(arm, m).std())
+            row[m] = _pm(of(arm, m).mean(), of(arm, m).std())
             for other in ('none','conventional'):
-                if other in arms: row[f'{m} − {other}'] = '' if other==arm else pm(*paired_difference(of(arm, m), of(other, m)), '+')
-        if 'ms_per_step' in final: row['ms a step'] = f'{final[final.arm==arm].ms_per_step.median():.0f}'
+                if other in arms: row[f'{m} − {other}'] = '' if other==arm else _pm(*paired_difference(of(arm, m), of(other, m)), '+')
+        if 'ms_per_step' in runs: row['ms a step'] = f'{of(arm, "ms_per_step").median():.0f}'
         rows[arm] = row
     return pd.DataFrame(rows).T.rename_axis('arm')
+
+def difference_table(
+    runs:pd.DataFrame, # `Comparison.runs`
+    metric:str='mAP' # Column of `runs`, %
+) -> pd.DataFrame: # One row and one column per arm; the cells are texts
+    "Differences between arms, row − column, paired by seed, ± half the 95 % interval"
+    arms,of = _final(runs)
+    cells = [['' if a==b else _pm(*paired_difference(of(a, metric), of(b, metric)), '+') for b in arms] for a in arms]
+    return pd.DataFrame(cells, arms, [f'− {b}' for b in arms]).rename_axis('arm')
 
 # %% ../nbs/20_experiments.ipynb #57e40001
 def plot_strengths(
@@ -237,13 +251,15 @@ def plot_strengths(
     return axs[0]
 
 # %% ../nbs/20_experiments.ipynb #e4fa4de5
+def _new_axis(): return plt.subplots(figsize=(4.5,3), layout='constrained')[1]
+
 def plot_learning_curves(
     tables:dict, # Arm -> `metrics.csv` of its runs, as DataFrames
     column:str='train_loss', # Column to draw
     ax:plt.Axes|None=None # Axis to draw on; None: a new one
 ) -> plt.Axes: # The axis
     "Plot a column of the training tables against the epoch, one line per run; each arm has its own colour and line style, and its name at the right"
-    if ax is None: ax = plt.subplots(figsize=(4.5,3), layout='constrained')[1]
+    if ax is None: ax = _new_axis()
     order,ends = uniqueify([*ALL_ARMS, *tables]),{}  # an arm has the same colour and style in every figure
     for k,(arm,dfs) in enumerate(tables.items()):
         i,above = order.index(arm),min(len(tables)-1-k, 3)
@@ -259,8 +275,8 @@ def plot_learning_curves(
 
 def _label_ends(ax, ends, colors, gap=.08):
     "Write names at the right of `ax`, at the height of the `ends` of their lines and at least `gap` of the axis apart"
-    low,high = ax.get_ylim()
-    ys = {k: (y-low)/(high-low) for k,(_,y) in sorted(ends.items(), key=lambda o: o[1][1])}
+    height = lambda y: ax.transAxes.inverted().transform(ax.transData.transform((0 if ax.get_xscale()=='linear' else 1, y)))[1]
+    ys = {k: height(y) for k,(_,y) in sorted(ends.items(), key=lambda o: o[1][1])}
     at,below = {},-1.
     for k,y in ys.items(): at[k] = below = max(y, below+gap)
     down = max(0., below-1)  # part above the axis
@@ -275,7 +291,11 @@ def plot_mean_lambda(
     ax:plt.Axes|None=None # Axis to draw on; None: a new one
 ) -> plt.Axes: # The axis
     "Plot the mean λ over the arrays that do not rotate against the epoch, one line per run; each arm has its own colour and line style"
-    return plot_learning_curves({a: [_mean_lambda(h) for h in hs] for a,hs in histories.items()}, 'mean λ', ax)
+    means = {a: [_mean_lambda(h) for h in hs] for a,hs in histories.items()}
+    if ax is None: ax = _new_axis()
+    ys = pd.concat(chain.from_iterable(means.values()))['mean λ']
+    if 0<20*ys.min()<ys.max(): ax.set_yscale('log')  # the strengths of some arms are much smaller than those of others
+    return plot_learning_curves(means, 'mean λ', ax)
 
 @patch
 @by_leader
@@ -306,6 +326,7 @@ def summary(self:Comparison
     parts = [f'# {self.splits.name}: regularisers compared', f'{c.arch}, {c.size[0]}×{c.size[1]} px, {c.epochs} epochs, recipe {c.recipe}, seeds {c.seed} to {c.seed+self.seeds-1}. '
              f'{how} The last epoch counts. Per cent; mean ± standard deviation over seeds; differences are paired by seed, ± half the 95 % interval.',
              markdown_table(comparison_table(self.runs, metrics).reset_index())]
+    if len(self.arms)>2: parts += ['## Differences in mAP, row − column', markdown_table(difference_table(self.runs).reset_index())]
     if tuned: parts += ['## Tuning', markdown_table(pd.DataFrame([dict(arm=o['arm'], strength=f'{o["strength"]:g}', **{'held-out mAP': f'{o["mAP"]:.2f}'}) for o in tuned]))]
     return '\n\n'.join(parts)+'\n'
 

@@ -193,11 +193,12 @@ def _rows(self:Gallery, where):
 def _approximate(self:Gallery, q, k, where):
     "Row ids (n, k) and distances from the index; rows added after it was built are compared one by one"
     ids,dists = np.full((len(q), k), -1),np.full((len(q), k), np.inf)
+    ef = max(150, 3*k, round(.75*len(self)**.5))  # in a larger graph, the same recall takes more candidates
     with _database(self.path):
         for i,o in enumerate(q.numpy()):
-            s = self.table.search(o, vector_column_name='vector').distance_type('cosine' if self.metric=='cosine' else 'l2').nprobes(20).ef(max(150, 3*k)).refine_factor(4)
+            s = self.table.search(o, vector_column_name='vector').distance_type('cosine' if self.metric=='cosine' else 'l2').nprobes(20).ef(ef).refine_factor(2)
             if where: s = s.where(where, prefilter=True)
-            t = s.select(['_distance']).with_row_id(True).limit(k).to_arrow()
+            t = s.select(['_distance']).with_row_id(True).limit(k).to_batches().read_all()  # faster than `to_arrow`, which asks for the schema first
             d = np.maximum(t['_distance'].to_numpy(), 0)
             ids[i,:len(d)],dists[i,:len(d)] = t['_rowid'].to_numpy(),d if self.metric=='cosine' else np.sqrt(d)
     return ids,dists
@@ -208,7 +209,7 @@ def _found(self:Gallery, ids, dists):
     at,wanted = np.argwhere(ids>=0),ids[ids>=0]
     with _database(self.path): t = self.table.take_row_ids(np.unique(wanted).tolist()).with_row_id().select([*_columns,'thumbnail']).to_arrow()
     order = np.argsort(found := t['_rowid'].to_numpy())
-    cols = {k: t[k].take(order[np.searchsorted(found, wanted, sorter=order)]).to_pylist() for k in (*_columns,'thumbnail')}
+    cols = t.take(order[np.searchsorted(found, wanted, sorter=order)]).to_pydict()
     typed = {k: pd.array(cols[k], 'Int64') if k=='camid' else np.array(cols[k], float if k in _floats else object) for k in _columns}
     return pd.DataFrame(dict(query=at[:,0], rank=at[:,1]+1, distance=dists[ids>=0], **typed)),cols['thumbnail']
 
