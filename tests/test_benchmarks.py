@@ -81,7 +81,7 @@ def test_gpu_script_collects_one_file(gpu, monkeypatch):
     assert [o for o in said if 'tests' in str(o)]==[root/'tests'/'test_gpu.py']
 
 def test_training_beside_a_bare_loop(tmp_path):
-    res = forked('benchmarks/training.py', logs=tmp_path, *['--arch', 'test_resnet', '--size', '64', '32', '--bs', '8', '--steps', '1', '--rounds', '1'])
+    res = forked('benchmarks/training.py', logs=tmp_path, *['--arch', 'resnet10t', '--size', '64', '32', '--bs', '8', '--steps', '1', '--rounds', '1'])
     assert res.returncode==0 and '× the bare loop' in res.stdout and 'peak memory' in res.stdout, res.stderr[-800:]
 
 def test_peak_memory_of_a_process(tmp_path):
@@ -97,7 +97,7 @@ def test_how_many_identities(tmp_path):
     from reid_fastai.data.synthetic import make_synthetic
     from reid_fastai.files import read_json
     data = str(make_synthetic(tiny=True))
-    args = ['benchmarks/identities.py', data, '--out', tmp_path/'o', '--pretrained', 'none', '--identities', '0', '3', '6', '--set', 'arch=test_resnet', 'size=64x32', 'epochs=1', 'n_pids=4']
+    args = ['benchmarks/identities.py', data, '--out', tmp_path/'o', '--pretrained', 'none', '--identities', '0', '3', '6', '--set', 'arch=resnet10t', 'size=64x32', 'epochs=1', 'n_pids=4']
     res = forked(*args, logs=tmp_path)
     assert res.returncode==0 and '| identities | images | mAP | Rank-1 |' in res.stdout, res.stderr[-800:]
     df = pd.read_csv(tmp_path/'o'/'identities.csv')

@@ -447,7 +447,7 @@ def _logged(dls_args=dict(size=(64,32), n_pids=4, n_imgs=4, steps=2, device='cpu
     from reid_fastai.data.block import ReIDDataLoaders
     from reid_fastai.data.synthetic import make_synthetic
     from reid_fastai.learner import reid_learner
-    return reid_learner(ReIDDataLoaders.from_path(make_synthetic(tiny=True), **dls_args), 'test_resnet', pretrained=False, cbs=AdaptiveL2())
+    return reid_learner(ReIDDataLoaders.from_path(make_synthetic(tiny=True), **dls_args), 'resnet10t', pretrained=False, cbs=AdaptiveL2())
 
 def test_tensorboard(tmp_path):
     "The event file holds a histogram of λ for each kind and epoch, the penalty and mAP, with fastai's callback as it is"

@@ -753,7 +753,7 @@ def test_nothing_to_see_is_refused():
 def test_embedder_refuses_an_empty_array():
     from reid_fastai.export import Embedder
     from reid_fastai.models import build_reid_net
-    embed = Embedder(build_reid_net('test_resnet', 1, regions=0, pretrained=False), (64,32))
+    embed = Embedder(build_reid_net('resnet10t', 1, regions=0, pretrained=False), (64,32))
     says(lambda: embed(np.zeros((0,0,3), np.uint8)), '(0, 0, 3)')
     says(lambda: embed([np.full((8,4,3), 9, np.uint8), np.zeros((0,4,3), np.uint8)]), '(0, 4, 3)')
 

@@ -20,7 +20,7 @@ from reid_fastai.models import build_reid_net
 
 def make_model(path, seed=0, size=(64,32)):
     torch.manual_seed(seed)
-    return save_model(build_reid_net('test_resnet', n_classes=5, regions=0, pretrained=False, size=size), path, size=size)
+    return save_model(build_reid_net('resnet10t', n_classes=5, regions=0, pretrained=False, size=size), path, size=size)
 
 @pytest.fixture(scope='module')
 def data(): return make_synthetic(tiny=True)

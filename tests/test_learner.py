@@ -78,7 +78,7 @@ def test_export_embeds_the_same(dls, tmp_path):
     assert torch.allclose(loaded.embed(loaded.dls.test_dl(files)), feats, atol=1e-6)
 
 def test_loaders_without_identities_are_refused():
-    with pytest.raises(ValueError, match='ReIDDataLoaders'): reid_learner(object(), 'test_resnet')
+    with pytest.raises(ValueError, match='ReIDDataLoaders'): reid_learner(object(), 'resnet10t')
 
 # ---- features are counted
 

@@ -173,7 +173,7 @@ def test_config_makes_the_learner():
     from reid_fastai.data.synthetic import make_synthetic
     splits = read_dataset(make_synthetic(tiny=True))
     for how in [None,'fp32',*halves]:
-        learn = make_learner(splits, RunConfig(splits.root, arch='test_resnet', pretrained='none', size='64x32', n_pids=4, steps=1, precision=how), device='cpu')
+        learn = make_learner(splits, RunConfig(splits.root, arch='resnet10t', pretrained='none', size='64x32', n_pids=4, steps=1, precision=how), device='cpu')
         assert training_precision(learn)==(f'{how} mixed precision' if how in halves else 'fp32')
 
 def test_a_compiled_training(monkeypatch):
