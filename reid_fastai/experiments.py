@@ -275,7 +275,7 @@ def plot_learning_curves(
 
 def _label_ends(ax, ends, colors, gap=.08):
     "Write names at the right of `ax`, at the height of the `ends` of their lines and at least `gap` of the axis apart"
-    height = lambda y: ax.transAxes.inverted().transform(ax.transData.transform((0 if ax.get_xscale()=='linear' else 1, y)))[1]
+    height = lambda y: ax.transAxes.inverted().transform(ax.transData.transform((ax.get_xlim()[0], y)))[1]
     ys = {k: height(y) for k,(_,y) in sorted(ends.items(), key=lambda o: o[1][1])}
     at,below = {},-1.
     for k,y in ys.items(): at[k] = below = max(y, below+gap)

@@ -190,10 +190,10 @@ def _rows(self:Gallery, where):
 
 # %% ../nbs/18e_gallery.ipynb #73d9dc9b
 @patch
-def _approximate(self:Gallery, q, k, where):
-    "Row ids (n, k) and distances from the index; rows added after it was built are compared one by one"
+def _approximate(self:Gallery, q, k, n, where):
+    "Row ids (photos, k) and distances from the index over `n` images; rows added after it was built are compared one by one"
     ids,dists = np.full((len(q), k), -1),np.full((len(q), k), np.inf)
-    ef = max(150, 3*k, round(.75*len(self)**.5))  # in a larger graph, the same recall takes more candidates
+    ef = max(150, 3*k, round(.75*n**.5))  # in a larger graph, the same recall takes more candidates
     with _database(self.path):
         for i,o in enumerate(q.numpy()):
             s = self.table.search(o, vector_column_name='vector').distance_type('cosine' if self.metric=='cosine' else 'l2').nprobes(20).ef(ef).refine_factor(2)
@@ -207,7 +207,7 @@ def _approximate(self:Gallery, q, k, where):
 def _found(self:Gallery, ids, dists):
     "Table of the found rows, and their thumbnails"
     at,wanted = np.argwhere(ids>=0),ids[ids>=0]
-    with _database(self.path): t = self.table.take_row_ids(np.unique(wanted).tolist()).with_row_id().select([*_columns,'thumbnail']).to_arrow()
+    with _database(self.path): t = self.table.take_row_ids(np.unique(wanted).tolist()).with_row_id().select([*_columns,'thumbnail']).to_batches().read_all()
     order = np.argsort(found := t['_rowid'].to_numpy())
     cols = t.take(order[np.searchsorted(found, wanted, sorter=order)]).to_pydict()
     typed = {k: pd.array(cols[k], 'Int64') if k=='camid' else np.array(cols[k], float if k in _floats else object) for k in _columns}
@@ -237,7 +237,7 @@ def search(self:Gallery,
     if exact:
         rows,dists = nearest(q, v, size, k, self.metric, None if where is None else torch.from_numpy(np.searchsorted(row_ids, ids)))
         found,how = (row_ids[rows.numpy()],dists.double().numpy()),f'exact search among {among}, {self.metric}'
-    else: found,how = self._approximate(q, k, where and _condition(self.table, where)),f'approximate search by an index (HNSW) among {among}, {self.metric}'
+    else: found,how = self._approximate(q, k, n, where and _condition(self.table, where)),f'approximate search by an index (HNSW) among {among}, {self.metric}'
     return SearchResults(*self._found(*found), queries, thumbs, how)
 
 # %% ../nbs/18e_gallery.ipynb #5c4a37e0

@@ -14,6 +14,17 @@ def log_to(log):
     for fd,ext in ((1,'out'),(2,'err')): os.dup2(os.open(f'{log}.{ext}', os.O_CREAT|os.O_WRONLY|os.O_TRUNC), fd)
     sys.stdout,sys.stderr = (open(fd, 'w', closefd=False) for fd in (1,2))
 
+def command(argv, log, cwd='.', env={}):
+    "Be a process that runs a command of the library"
+    import torch
+    from reid_fastai import cli
+    log_to(log)
+    os.environ.update(env)
+    os.chdir(cwd)
+    torch.set_num_threads(1)  # the threads of the parent do not exist in a fork
+    try: cli.main([str(o) for o in argv])
+    except SystemExit as e: leave(e)
+
 def leave(e):
     "End this process as `SystemExit` `e` ends a program"
     if isinstance(e.code, str): print(e.code, file=sys.stderr)

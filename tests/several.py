@@ -17,7 +17,7 @@ from reid_fastai.all import *
 from reid_fastai.core import ranks
 from reid_fastai.test_utils import *
 import reid_fastai.callback.distributed as cd
-from forks import fork, leave, log_to
+from forks import command, fork
 
 class Frozen(Callback):
     "Norms use the statistics they have"
@@ -165,20 +165,11 @@ def free_port():
 
 def in_group(rank, n, port): return dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(n), RANK=str(rank), LOCAL_RANK=str(rank))
 
-def command(argv, cwd, log, group):
-    "Be one of the processes that run a command"
-    log_to(log)
-    os.environ.update(group)
-    os.chdir(cwd)
-    torch.set_num_threads(1)
-    try: cli.main(argv)
-    except SystemExit as e: leave(e)
-
 def run(job):
     """Run `argv`, or of each rank its own in `argvs`, in `n` processes; `kill`: [rank, file that must be there, how many lines it must have]"""
     n,port,start,kill = job.get('n', 1),free_port(),time.time(),job.get('kill')
     argvs,logs = job.get('argvs') or [job['argv']]*n,[f'{job["cwd"]}/.{job["name"].replace(" ", "-")}-{r}' for r in range(n)]
-    left = {fork(command, argvs[r], job['cwd'], logs[r], in_group(r, n, port) if n>1 else {}): r for r in range(n)}
+    left = {fork(command, argvs[r], logs[r], job['cwd'], in_group(r, n, port) if n>1 else {}): r for r in range(n)}
     pids,codes = list(left),[None]*n
     while left:
         time.sleep(.01)
@@ -191,7 +182,7 @@ def run(job):
 if __name__=='__main__':
     out,*args = sys.argv[1:]
     if out.endswith('.json'):
-        import reid_fastai.cli as cli
+        import reid_fastai.cli  # once for all forks
         jobs = json.loads(Path(out).read_text())
         for o in jobs: run(o)
         Path(out).write_text(json.dumps(jobs))

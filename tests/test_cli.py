@@ -1,5 +1,5 @@
 "The commands as a user runs them: what they write, what they refuse, and that they repeat themselves"
-import json, os, re, runpy, shlex, shutil, signal, sys, time
+import json, os, re, runpy, shlex, shutil, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,14 +7,13 @@ import pandas as pd, pytest, torch
 
 from reid_fastai import cli
 from reid_fastai.cli import *
-from reid_fastai.cli import main
 from reid_fastai.data.datasets import read_dataset
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.evaluation.verification import read_verification
 from reid_fastai.export import save_model
 from reid_fastai.models import build_reid_net
 from reid_fastai.shell import _parse
-from forks import fork, leave, log_to
+from forks import command, fork
 
 tiny_args = dict(arch='test_resnet', pretrained='none', size='64x32', n_pids=4, epochs=2, steps=2)
 
@@ -165,27 +164,23 @@ def test_help_states_units_and_defaults(shell):
 def test_every_command_runs_as_a_module(cmd, monkeypatch, capsys):
     "Those of other modules too, where no script is on the path"
     monkeypatch.setattr(sys, 'argv', sys.argv)
-    with pytest.raises(SystemExit) as e: main([cmd, '--help'])
+    with pytest.raises(SystemExit) as e: cli.main([cmd, '--help'])
     assert not e.value.code and f'usage: {cmd} ' in capsys.readouterr().out
 
-def forked(*argv, log):
-    "Runs a command in a forked process, whose number is returned"
-    def f():
-        log_to(log)
-        torch.set_num_threads(1)  # the threads of the parent do not exist in a fork
-        try: main([str(o) for o in argv])
-        except SystemExit as e: leave(e)
-    return fork(f)
+def started(*argv, log):
+    "Starts a command in another process, whose number is returned"
+    if not torch.cuda.is_available(): return fork(command, argv, log)
+    with open(f'{log}.err', 'w') as f: return subprocess.Popen([script(argv[0]), *map(str, argv[1:])], stdout=subprocess.DEVNULL, stderr=f).pid  # CUDA does not survive a fork
 
 def _csv(run): return pd.read_csv(run/'metrics.csv').drop(columns='seconds')
 
-@pytest.mark.skipif(not hasattr(os, 'fork') or torch.cuda.is_available(), reason='CUDA does not survive a fork')
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='the process is killed by a signal')
 def test_resume_after_a_kill(data, tmp_path, shell):
     "Killed by the system in the middle of an epoch, and gone on with by another process: the last digit is the same"
     args = ['--arch', 'test_resnet', '--pretrained', 'none', '--size', '64x32', '--n-pids', '4', '--epochs', '5', '--steps', '4', '--eval-every', '2']
     whole,cut = tmp_path/'whole',tmp_path/'cut'
     assert shell('reid-train', data, '--out', whole, *args).returncode==0
-    pid = forked('reid-train', data, '--out', cut, *args, log=tmp_path/'killed')
+    pid = started('reid-train', data, '--out', cut, *args, log=tmp_path/'killed')
     while not (cut/'metrics.csv').exists() or len(pd.read_csv(cut/'metrics.csv'))<2:
         assert not os.waitpid(pid, os.WNOHANG)[0], (tmp_path/'killed.err').read_text()
         time.sleep(.02)
@@ -194,7 +189,7 @@ def test_resume_after_a_kill(data, tmp_path, shell):
     assert (cut/'checkpoint.pth').exists() and not (cut/'results.json').exists()
     res = shell('reid-train', '--resume', cut, '--lr', '1')
     assert res.returncode==2 and 'lr' in res.err
-    assert os.waitpid(forked('reid-train', '--resume', cut, log=tmp_path/'resumed'), 0)[1]==0, (tmp_path/'resumed.err').read_text()
+    assert os.waitpid(started('reid-train', '--resume', cut, log=tmp_path/'resumed'), 0)[1]==0, (tmp_path/'resumed.err').read_text()
     pd.testing.assert_frame_equal(_csv(whole), _csv(cut), check_exact=True)
     for f in ('model.safetensors','lambdas.csv'): assert (whole/f).read_bytes()==(cut/f).read_bytes()
     assert shell('reid-train', '--resume', cut).returncode==0  # complete: nothing is trained again
