@@ -21,10 +21,12 @@ os.environ['OMP_NUM_THREADS'] = str(args.threads)
 import numpy as np, onnxruntime, torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from reid_fastai.core import keep_freed_memory  # noqa: E402
 from reid_fastai.data.synthetic import make_synthetic  # noqa: E402
 from reid_fastai.models import build_reid_net  # noqa: E402
 from reid_fastai.portable import Portable, export_net  # noqa: E402
 
+keep_freed_memory()
 torch.set_num_threads(args.threads)
 torch.manual_seed(42)
 net = build_reid_net(args.arch, 751, regions=0, pretrained=False, size=tuple(args.size)).eval().lay_out('cpu')
