@@ -33,6 +33,10 @@ class GeMHead(ObjectiveHead):
     "Generalised mean over space, with exponent 3"
     def embed(self, fmap): return global_average(at_least_float32(fmap).clamp(1e-6)**3).pow(1/3).clamp(0, 1)
 
+class StripHead(ObjectiveHead):
+    "Average over one of several horizontal strips of the map"
+    def embed(self, fmap): return super().embed(fmap.tensor_split(self.n, 2)[self.i])
+
 class PatchEach(EraseEach):
     "Cover a rectangle of an image with the same part of another image of the batch"
     def __init__(self): super().__init__(fill=0.)
@@ -49,6 +53,16 @@ class Averaged(Callback):
     def after_fit(self): self.learn.model.load_state_dict(self.ema.module.state_dict())
 
 def gem(learn): learn.model.heads[0].__class__ = GeMHead
+def strips(n):
+    def change(learn):
+        net = learn.model
+        for i in range(n):
+            head = StripHead(net.heads[0].n_features, net.n_classes)
+            head.i,head.n = i,n
+            net.heads.append(head.to(learn.dls.device))
+        maps = net.maps
+        net.maps = lambda x: maps(x)*(1+n)  # the heads share the map of the backbone
+    return change
 def stride(learn): next(m for m in learn.model.global_stage.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0]>1).stride = (2,2)
 def metric(loss, miner=None):
     def change(learn): learn.loss_func = ReIDLoss(triplet=lambda emb,pid: loss(emb, pid, miner(emb, pid) if miner else None))
@@ -62,6 +76,8 @@ def no(cfg): return {}
 CHANGES = {
     'base': ('the recipe', None, no),
     'gem': ('GeM pooling, exponent 3', gem, no),
+    '2 strips': ('a second and third head on the upper and the lower half of the map', strips(2), no),
+    '4 strips': ('four more heads, on quarters of the map', strips(4), no),
     'circle': ('circle loss instead of the triplet loss', metric(CircleLoss(m=.25, gamma=64)), no),
     'multi-similarity': ('multi-similarity loss instead of the triplet loss', metric(MultiSimilarityLoss(), MultiSimilarityMiner()), no),
     'no triplet': ('cross-entropy alone', lambda learn: setattr(learn, 'loss_func', ReIDLoss(triplet=False)), no),
@@ -83,8 +99,8 @@ def train(name, splits, cfg, device):
     start = time.perf_counter()
     with learn.no_bar(), learn.no_logging(): fit_run(learn, cfg, 0)
     minutes = (time.perf_counter()-start)/60
-    feats,neck = learn.embed(flip=cfg.flip),learn.model.heads[0].neck.eval()
-    with torch.no_grad(): after = neck(feats.to(neck.running_mean.device)).cpu()
+    feats,heads = learn.embed(flip=cfg.flip),learn.model.eval().heads
+    with torch.no_grad(): after = torch.cat([h.neck(o.to(h.neck.weight.device)) for h,o in zip(heads, feats.split([h.n_features for h in heads], 1))], 1).cpu()
     res = {k+where: result_figures(search(o, learn.dls.test_df))[k] for o,where in ((feats,''), (after,' after the neck')) for k in ('mAP','Rank-1')}
     return dict(res, minutes=round(minutes, 1))
 

@@ -137,7 +137,7 @@ def test_recipe(tmp_path):
     res = forked(*args, logs=tmp_path)
     assert res.returncode==0 and '| change | seeds | mAP |' in res.stdout, res.stderr[-800:]
     df = pd.read_csv(tmp_path/'r.csv')
-    assert len(df)==12 and df.change.is_unique and df.mAP.between(0, 100, inclusive='neither').all() and df['mAP after the neck'].nunique()>9
+    assert len(df)==14 and df.change.is_unique and df.mAP.between(0, 100, inclusive='neither').all() and df['mAP after the neck'].nunique()>11
     again = forked(*args, logs=tmp_path)
     assert again.returncode==0 and "{'change'" not in again.stdout
     for bad,words in ((['--changes', 'some'], "['some']"), (['--set', 'regions=2'], 'regions=2')):
@@ -145,7 +145,7 @@ def test_recipe(tmp_path):
         assert res.returncode==1 and words in res.stderr and 'Traceback' not in res.stderr
 
 def test_changes_of_a_recipe(monkeypatch):
-    "A patch comes from another image of the batch, GeM weighs large values more, and the average follows the weights"
+    "A patch comes from another image of the batch, GeM weighs large values more, strips are pooled alone, and the average follows the weights"
     from fastai.torch_core import TensorImage
     from reid_fastai.test_utils import tiny_learner
     monkeypatch.syspath_prepend(root/'benchmarks')
@@ -160,6 +160,12 @@ def test_changes_of_a_recipe(monkeypatch):
     head = recipe.GeMHead(1, 2)
     fmap = torch.tensor([.1,.5]).view(1, 1, 1, 2)
     assert head.embed(fmap).item()==pytest.approx(((.1**3+.5**3)/2)**(1/3), rel=1e-5)
+    net = tiny_learner().model.eval()
+    before = net(x := torch.rand(2, 3, 64, 32))
+    recipe.strips(2)(SimpleNamespace(model=net, dls=SimpleNamespace(device='cpu')))
+    parts = net(x).chunk(3, 1)
+    assert len(net.heads)==3 and parts[0].equal(before) and not parts[1].equal(parts[2])
+    torch.testing.assert_close((parts[1]+parts[2])/2, before)  # no value is clipped here, so the mean of the halves is that of the map
     ps = lambda: torch.cat([p.detach().flatten() for p in learn.model.parameters()])
     start = ps()
     recipe.averaged(learn)
