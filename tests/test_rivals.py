@@ -2,7 +2,7 @@
 import copy, tempfile
 from functools import partial
 
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import *
 from fastai.callback.all import *
 from torch import nn
@@ -158,3 +158,26 @@ def test_no_message_offers_what_is_refused(make):
     for odd in (dict(kernel=.1), 0):
         with pytest.raises(ValueError, match='needed a finite number > 0') as e: make(odd)
         assert 'by kind' not in str(e.value)
+
+def test_runs_of_all_arms(tmp_path, interrupted):
+    "Each regulariser that a command offers changes the training, leaves the same history, and an interrupted run gives the same digits"
+    from reid_fastai.config import RunConfig
+    from reid_fastai.data.datasets import read_dataset
+    from reid_fastai.data.synthetic import make_synthetic
+    from reid_fastai.experiments import ALL_ARMS, GRIDS
+    from reid_fastai.runs import train_run
+    splits = read_dataset(make_synthetic(tiny=True))
+    base = RunConfig(str(splits.root), arch='test_resnet', pretrained='none', size='64x32', n_pids=4, n_imgs=2, steps=2, epochs=2, lr=1e-2, l2='none')
+    models,tables = {},{}
+    for arm in ALL_ARMS:
+        cfg,out = base.with_l2(arm, GRIDS.get(arm, [None])[-1], **dict(curve=[.1,.05,.01]) if arm=='annealed' else {}),tmp_path/arm
+        interrupted(out, splits, cfg, 1)
+        train_run(out, splits, cfg)
+        if arm in ('cpr','lamb'):
+            train_run(tmp_path/'whole'/arm, splits, cfg)
+            assert (tmp_path/'whole'/arm/'model.safetensors').read_bytes()==(out/'model.safetensors').read_bytes(), arm
+        models[arm],tables[arm] = (out/'model.safetensors').read_bytes(),pd.read_csv(out/'lambdas.csv')
+    assert len(set(models.values()))==len(ALL_ARMS)
+    for arm,o in tables.items():
+        assert o.columns.tolist()==tables['none'].columns.tolist() and o[['epoch','name']].equals(tables['none'][['epoch','name']]), arm
+        assert (o.lam==0).all()==(arm in ('none','lamb','rotation')) and o.sq_norm.gt(0).any() and o.angle.gt(0).any(), arm
