@@ -19,12 +19,12 @@ def interrupted(monkeypatch):
     from fastai.basics import Callback
     from reid_fastai import runs
     def f(out, splits, cfg, epochs, real=runs.fit_run):
-        class Stop(Callback):
+        class Interruption(Callback):
             order = 90
             def before_train(self):
                 if self.epoch==epochs: raise KeyboardInterrupt
         def cut(learn, cfg, start):
-            learn.add_cb(Stop())
+            learn.add_cb(Interruption())
             real(learn, cfg, start)
         with monkeypatch.context() as m:
             m.setattr(runs, 'fit_run', cut)
