@@ -33,10 +33,6 @@ class GeMHead(ObjectiveHead):
     "Generalised mean over space, with exponent 3"
     def embed(self, fmap): return global_average(at_least_float32(fmap).clamp(1e-6)**3).pow(1/3).clamp(0, 1)
 
-class StripHead(ObjectiveHead):
-    "Average over one of several horizontal strips of the map"
-    def embed(self, fmap): return super().embed(fmap.tensor_split(self.n, 2)[self.i])
-
 class PatchEach(EraseEach):
     "Cover a rectangle of an image with the same part of another image of the batch"
     def __init__(self): super().__init__(fill=0.)
@@ -55,13 +51,12 @@ class Averaged(Callback):
 def gem(learn): learn.model.heads[0].__class__ = GeMHead
 def strips(n):
     def change(learn):
-        net = learn.model
-        for i in range(n):
-            head = StripHead(net.heads[0].n_features, net.n_classes)
-            head.i,head.n = i,n
-            net.heads.append(head.to(learn.dls.device))
-        maps = net.maps
-        net.maps = lambda x: maps(x)*(1+n)  # the heads share the map of the backbone
+        net,whole = learn.model,learn.model.maps
+        net.heads.extend(ObjectiveHead(net.heads[0].n_features, net.n_classes).to(learn.dls.device) for _ in range(n))
+        def maps(x):
+            fmap, = whole(x)
+            return [fmap, *fmap.tensor_split(n, 2)]
+        net.maps = maps
     return change
 def stride(learn): next(m for m in learn.model.global_stage.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0]>1).stride = (2,2)
 def metric(loss, miner=None):
@@ -100,7 +95,8 @@ def train(name, splits, cfg, device):
     with learn.no_bar(), learn.no_logging(): fit_run(learn, cfg, 0)
     minutes = (time.perf_counter()-start)/60
     feats,heads = learn.embed(flip=cfg.flip),learn.model.eval().heads
-    with torch.no_grad(): after = torch.cat([h.neck(o.to(h.neck.weight.device)) for h,o in zip(heads, feats.split([h.n_features for h in heads], 1))], 1).cpu()
+    parts = feats.to(heads[0].neck.weight.device).split([h.n_features for h in heads], 1)
+    with torch.no_grad(): after = torch.cat([h.neck(o) for h,o in zip(heads, parts)], 1).cpu()
     res = {k+where: result_figures(search(o, learn.dls.test_df))[k] for o,where in ((feats,''), (after,' after the neck')) for k in ('mAP','Rank-1')}
     return dict(res, minutes=round(minutes, 1))
 
