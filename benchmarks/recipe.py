@@ -22,11 +22,13 @@ from rows import Rows
 from reid_fastai.config import RunConfig
 from reid_fastai.core import keep_freed_memory
 from reid_fastai.callback.evaluation import search
+from reid_fastai.callback.regularizer import L2Callback
 from reid_fastai.data.augment import EraseEach
 from reid_fastai.data.holdout import hold_out
 from reid_fastai.experiments import markdown_table
 from reid_fastai.losses import ReIDLoss
 from reid_fastai.models import ObjectiveHead, at_least_float32, global_average
+from reid_fastai.regularizers import THETA
 from reid_fastai.runs import fit_run, load_splits, make_learner, result_figures
 
 class GeMHead(ObjectiveHead):
@@ -51,12 +53,15 @@ class Averaged(Callback):
 def gem(learn): learn.model.heads[0].__class__ = GeMHead
 def strips(n):
     def change(learn):
-        net,whole = learn.model,learn.model.maps
+        net,whole,l2 = learn.model,learn.model.maps,learn.cbs.filter(lambda cb: isinstance(cb, L2Callback))
+        learn.remove_cbs(l2)
+        if hasattr(net, THETA): delattr(net, THETA)  # θ has a value for each array, and the number of arrays changes
         net.heads.extend(ObjectiveHead(net.heads[0].n_features, net.n_classes).to(learn.dls.device) for _ in range(n))
         def maps(x):
             fmap, = whole(x)
             return [fmap, *fmap.tensor_split(n, 2)]
         net.maps = maps
+        learn.add_cbs(l2)
     return change
 def stride(learn): next(m for m in learn.model.global_stage.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0]>1).stride = (2,2)
 def metric(loss, miner=None):

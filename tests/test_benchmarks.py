@@ -133,7 +133,7 @@ def test_recipe(tmp_path):
     "Every change trains and differs from the others, on held-out identities"
     import pandas as pd
     from reid_fastai.data.synthetic import make_synthetic
-    args = ['benchmarks/recipe.py', str(make_synthetic(tiny=True)), '--out', tmp_path/'r.csv', '--set', 'arch=tf_mobilenetv3_small_minimal_100', 'pretrained=none', 'size=64x32', 'epochs=1', 'steps=3', 'lr=0.03', 'n_pids=4', 'n_imgs=2', 'l2=none', '--distractors', '0']
+    args = ['benchmarks/recipe.py', str(make_synthetic(tiny=True)), '--out', tmp_path/'r.csv', '--set', 'arch=tf_mobilenetv3_small_minimal_100', 'pretrained=none', 'size=64x32', 'epochs=1', 'steps=3', 'lr=0.03', 'n_pids=4', 'n_imgs=2', '--distractors', '0']
     res = forked(*args, logs=tmp_path)
     assert res.returncode==0 and '| change | seeds | mAP |' in res.stdout, res.stderr[-800:]
     df = pd.read_csv(tmp_path/'r.csv')
@@ -160,9 +160,10 @@ def test_changes_of_a_recipe(monkeypatch):
     head = recipe.GeMHead(1, 2)
     fmap = torch.tensor([.1,.5]).view(1, 1, 1, 2)
     assert head.embed(fmap).item()==pytest.approx(((.1**3+.5**3)/2)**(1/3), rel=1e-5)
-    net = tiny_learner().model.eval()
+    small = tiny_learner()
+    net = small.model.eval()
     before = net(x := torch.rand(2, 3, 64, 32))
-    recipe.strips(2)(SimpleNamespace(model=net, dls=SimpleNamespace(device='cpu')))
+    recipe.strips(2)(small)
     parts = net(x).chunk(3, 1)
     assert len(net.heads)==3 and parts[0].equal(before) and not parts[1].equal(parts[2])
     torch.testing.assert_close((parts[1]+parts[2])/2, before)  # no value is clipped here, so the mean of the halves is that of the map
