@@ -58,7 +58,7 @@ class RunConfig:
         n_imgs:int=None, # Images per identity in a batch; default: the recipe's, 4 if quick
         frozen_epochs:int=None, # Epochs with a frozen backbone, before all others, for the recipe paper; default: 20 if paper
         epochs:int=None, # Epochs in which the whole network is trained; if published, all epochs; default: the recipe's, 10 if quick, 34 if laptop
-        steps:int=None, # Batches per epoch; default: the recipe's; if quick, as many as the training images fill
+        steps:int=None, # Batches per epoch; default: 200 if paper, else as many as the training images fill
         lr:float=None, # Highest learning rate; default: the recipe's, 1e-3 if quick
         l2:str=None, # Regulariser: 'adaptive', 'conventional', 'none', 'rotation', 'auto' (rotation, and adaptive L2 for other arrays), 'decoupled', 'cautious', 'cpr', 'l2sp', 'awd' or 'lamb'; default: adaptive, auto if laptop, conventional if published
         amplitude:float=5e-3, # A of adaptive L2, also in 'auto'; each λ starts at A/2
@@ -132,7 +132,8 @@ def _check_first(self:RunConfig):
         return
     size = lambda o: f'{o[0]}x{o[1]}'
     if self.recipe not in ('quick','laptop'): raise ValueError(f'first_size={size(self.first_size)}: recipe={self.recipe} has a schedule of its own. Choose recipe=laptop or quick.')
-    if any(s>f for s,f in zip(self.first_size, self.size)): raise ValueError(f'first_size={size(self.first_size)}: it must not exceed size={size(self.size)}.')
+    if self.first_size==self.size or any(s>f for s,f in zip(self.first_size, self.size)):
+        raise ValueError(f'first_size={size(self.first_size)}: it must be smaller than size={size(self.size)}. Choose a larger size, or recipe=quick for one size in all epochs.')
     check_first_epochs(self.first_epochs, self.epochs)
 
 # %% ../nbs/18a_config.ipynb #252a3362

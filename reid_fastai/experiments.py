@@ -68,7 +68,7 @@ def tune(
             v = next_strength(o) or _inner(o)
             o[v] = score(arm, v)
     if ends := [arm for arm,o in scores.items() if next_strength(o)]:
-        warnings.warn(f'After {growths} growths the best strength of {", ".join(ends)} is still at an end of its grid; begin with a wider one.')
+        warnings.warn(f'After {growths} extensions, the best strength of {", ".join(ends)} is still at an end of its grid. Start with a wider grid.')
     return scores
 
 # %% ../nbs/20_experiments.ipynb #383a3437

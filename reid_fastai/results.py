@@ -102,8 +102,8 @@ def run_summary(
     metrics = [k for k,v in res.items() if k=='mAP' or k.startswith('Rank-') or k=='mINP']
     cols = [('%', res)]+([('re-ranked, %', res['reranked'])] if 'reranked' in res else [])
     total = cfg['frozen_epochs']+cfg['epochs']
-    chosen = (f'Epoch {res["epoch"]} of {total} was chosen by mAP on {100*cfg["val_pids"]:g} % of the training identities, which were held out; the test set was looked at once, '
-              'with that epoch.' if cfg['val_pids'] else f'Measured after epoch {total} of {total}; no epoch was selected by test results.')
+    chosen = (f'Epoch {res["epoch"]} of {total} was chosen by mAP on {100*cfg["val_pids"]:g} % of the training identities, which were held out; the test set was evaluated once, '
+              'with the weights of that epoch.' if cfg['val_pids'] else f'Measured after epoch {total} of {total}; the test set was not used to choose the epoch.')
     lines = [f'# {cfg["dataset"]["name"]}, {cfg["arch"]}, regulariser: {cfg["l2"]}', '', *(o for note in cfg['dataset']['notes'] for o in (note, '')),
              f'| metric | {" | ".join(k for k,_ in cols)} |', f'|---|{"---|"*len(cols)}',
              *(f'| {k} | {" | ".join(f"{o[k]:.2f}" for _,o in cols)} |' for k in metrics), '',

@@ -194,7 +194,7 @@ def _begin(out, asked):
 @contextmanager
 def _kept(out):
     "Add instructions for resuming to the errors that end a run"
-    how = f'`reid-train --resume {out}` goes on.'
+    how = f'resume it with `reid-train --resume {out}`.'
     try: yield
     except KeyboardInterrupt as e: raise type(e)(f'The run is kept in {out}; {how}') from e
     except WriteError as e: raise WriteError(f'{e} When there is space, {how}') from e

@@ -183,6 +183,6 @@ def to_html(self:SearchResults,
     for thumb,row in zip(self.thumbs, self.df.to_dict('records')): parts[row['query']].append(f'<li>{_figure(thumb, _said(row), row["path"], kinds[row["match"]])}</li>')
     queries = [_figure(t, [_name(q.path, f'photo {i}'), _known(q.pid)], q.path, 'query') for i,(t,q) in enumerate(zip(self.q_thumbs, self.queries.itertuples()))]
     body = '\n'.join(f'<section>{q}<ol>{"".join(o)}</ol></section>' for q,o in zip(queries, parts))
-    marks = 'By the names that are known: ✓ right, ✗ wrong.' if self.df.match.notna().any() else ''
+    marks = '✓ right person, ✗ wrong person; without a mark: not known.' if self.df.match.notna().any() else ''
     atomic_write(path, f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
                        f'<style>{_css}</style></head>\n<body><h1>{html.escape(title)}</h1><p>{html.escape(self.how)}</p><p>{marks}</p>\n{body}\n</body></html>\n')

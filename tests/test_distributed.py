@@ -167,7 +167,7 @@ def test_a_killed_process(jobs, rank):
     job,again,d = jobs.all[f'kill {rank}'],jobs.all[f'resume {rank}'],jobs.dir/f'kill{rank}'
     assert job.codes[rank]==-9 and job.codes[1-rank]==2 and job.seconds<20
     said = job.err[1-rank].splitlines()
-    assert said==[f'reid-train: error: Another process of this group has ended, so this one cannot continue. The run is kept in kill{rank}; `reid-train --resume kill{rank}` goes on.']
+    assert said==[f'reid-train: error: Another process of this group has ended, so this one cannot continue. The run is kept in kill{rank}; resume it with `reid-train --resume kill{rank}`.']
     assert set(again.codes)=={0} and len(pd.read_csv(d/'metrics.csv'))==3, again.err
     whole = jobs.dir/'two'
     if rank: assert (d/'model.safetensors').read_bytes()==(whole/'model.safetensors').read_bytes() and figures(d)==figures(whole)

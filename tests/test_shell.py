@@ -128,7 +128,7 @@ def test_a_pickle_is_not_run(cut, tmp_path, shell):
 def test_interruption_says_how_to_go_on(cut, done, shell, monkeypatch, capsys):
     monkeypatch.setattr(runs, 'fit_run', lambda *_: os.kill(os.getpid(), signal.SIGINT))
     res = shell(reid_train, '--resume', cut)
-    assert res.code==130 and res.err.splitlines()==['reid-train: interrupted', f'reid-train: The run is kept in {cut}; `reid-train --resume {cut}` goes on.']
+    assert res.code==130 and res.err.splitlines()==['reid-train: interrupted', f'reid-train: The run is kept in {cut}; resume it with `reid-train --resume {cut}`.']
     monkeypatch.setattr(runs, 'fit_run', lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     assert shell(reid_train, '--resume', cut).code==143
     monkeypatch.undo()
