@@ -60,7 +60,7 @@ def _new_folder(out, default, again):
     if again:
         if was := first(o for o in ([out] if out else sorted(Path('runs').glob(f'{Path(default).name}-*-{os.getppid()}'), reverse=True)) if begun(o)): return Path(was)
     out = Path(ifnone(out, f'{default}-{time.strftime("%Y%m%d-%H%M%S")}-{os.getppid() if launcher else os.getpid()}'))
-    if os.path.lexists(out): raise ValueError(f'{out} exists already, and a run never overwrites another. Give another `--out`; `--resume {out}` goes on with an interrupted run.')
+    if os.path.lexists(out): raise ValueError(f'{out} exists already, and a run never overwrites another. Give another `--out`; `--resume {out}` resumes an interrupted run.')
     check_writable(out, folder=True)
     return out
 
@@ -74,6 +74,12 @@ def _resumed(run, chosen):
     return cfg
 
 # %% ../nbs/21_cli.ipynb #c11e0000
+def _check_used(cfg):
+    "Raise `ValueError` if a strength was chosen that the regulariser does not use"
+    for k,used in dict(amplitude=('adaptive','auto'), factor=('conventional',)).items():
+        default = getattr(RunConfig(recipe=cfg.recipe, arch=cfg.arch), k)
+        if cfg.l2 not in used and getattr(cfg, k)!=default: raise ValueError(f'--{k} {getattr(cfg, k):g}: --l2 {cfg.l2} does not use it. It is for --l2 {" and --l2 ".join(used)}; leave it out.')
+
 @command(pos=['data'])
 @delegates(RunConfig, but=['curve'])
 def reid_train(
@@ -93,6 +99,7 @@ def reid_train(
         cfg,out = _resumed(resume, dict(kwargs, data=data)),Path(resume)
     else:
         cfg = RunConfig(data, **kwargs)
+        _check_used(cfg)
         out = _new_folder(out, Path('runs')/f'{Path(cfg.data).stem.lower()}-{Path(cfg.arch).name}', _started_again())
     with _quietly(quiet):
         splits = load_splits(cfg.data)
@@ -112,9 +119,11 @@ def _kept_features(kept, of):
     if odd := first(k for k in of if other.get(k)!=of[k]): raise ValueError(f'{kept} holds embeddings of {_differs[odd]}. Name another file.')
     return tensors['features']
 
+def _shown(files, paths): "A line for each image, with its path and the checksum of its file"; return [f'{p} {checksum(read_bytes(f))}' for f,p in zip(files, paths)]
+
 def _embed(file, files, paths, flip, kept, device):
     "Embeddings of the images `files`, from the file `kept` if it exists; each process embeds a part"
-    of = dict(model=checksum(read_bytes(file)), images=checksum('\n'.join(paths).encode()), n=str(len(files)), flip=str(flip))
+    of = dict(model=checksum(read_bytes(file)), images=checksum('\n'.join(_shown(files, paths) if kept else paths).encode()), n=str(len(files)), flip=str(flip))
     check_same('The model and its images', of)
     if (feats := _kept_features(kept, of)) is not None: return feats
     mine = files[my_part(len(files), 64)]  # the embedder's batch size is 64
@@ -228,7 +237,9 @@ def reid_compare(
     "Compare regularisers over several seeds, all else being equal; prints a table of means and paired differences"
     check_device(device)
     check_workers(workers)
-    if table: return _paper_table(table, root, Path(ifnone(out, 'runs/paper-table')), seed, quiet, kwargs)
+    if table:
+        fixed = dict(arms=arms, archs=archs, seeds=seeds, factors=factors, amplitudes=amplitudes, strengths=strengths, tune_pids=tune_pids, tune_distractors=tune_distractors)
+        return _paper_table(table, root, Path(ifnone(out, 'runs/paper-table')), quiet, fixed, dict(kwargs, seed=seed, device=device, workers=workers))
     if archs and kwargs.get('arch'): raise ValueError(f'--arch {kwargs["arch"]}: --archs {" ".join(archs)} names the networks. Leave one of the two out.')
     cfgs = [RunConfig(data, seed=seed, **dict(kwargs, arch=o)) for o in archs or [kwargs.get('arch')]]
     cfg = cfgs[0]
@@ -246,14 +257,16 @@ def reid_compare(
     return out
 
 # %% ../nbs/21_cli.ipynb #c11e0002
-def _paper_table(table, root, out, seed, quiet, options):
+def _paper_table(table, root, out, quiet, fixed, options):
     if table!='paper': raise ValueError(f"--table {table!r}: there is only 'paper'.")
     if root is None or not os.path.isdir(root): raise ValueError(f'--root {root}: the folder that holds the datasets is needed.')
     # Options that the recipe or the rows of the table determine cannot be chosen
-    odd = sorted(k for k,v in options.items() if k in ('arch','recipe','rerank') and v!=signature(RunConfig).parameters[k].default)
+    fixed |= {k: options.pop(k) for k in ('arch','recipe','rerank') if k in options}
+    plain,defaults = (lambda o: list(o) if is_listy(o) else o),signature(reid_compare).parameters
+    odd = sorted(k for k,v in fixed.items() if plain(v)!=plain(defaults[k].default))
     if odd: raise ValueError(f'{", ".join(odd)}: the table determines it. Leave it out.')
     with _quietly(quiet):
-        res = paper_table(out, root, seed=seed, **{k:v for k,v in options.items() if k not in ('arch','recipe','rerank')})
+        res = paper_table(out, root, **options)
         print(f'\n{markdown_table(res)}\n\nFolder: {out}')
     return out
 

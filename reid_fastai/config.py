@@ -79,7 +79,6 @@ class RunConfig:
         if l2 not in (None, defaults['l2']): defaults['strength'] = None  # the recipe's strength is for the recipe's regulariser
         for k,v in defaults.items(): setattr(self, k, ifnone(getattr(self, k), v))
         self.data,self.size,self.first_size = _absolute(data, 'data'),_parse_size(self.size),self.first_size and _parse_size(self.first_size, 'first_size')
-        if self.first_size and first_epochs is None: self.first_epochs = min(round(.7*self.epochs), self.epochs-1)
         if pretrained not in ('imagenet','none'): self.pretrained = _absolute(pretrained, 'pretrained')
         if val_pids: self.eval_every = ifnone(eval_every, 1)
         self._check()
@@ -110,6 +109,7 @@ def _check(self:RunConfig):
             raise ValueError(f'{k}={v}: a whole number from {lo} to {hi:,} is needed{why}.')
     if not (isinstance(self.lr, (int,float)) and 0<self.lr<=_largest_lr): raise ValueError(f'lr={self.lr}: a positive, finite number is needed, at most {_largest_lr:,}.')
     check_share('val_pids', self.val_pids)
+    if self.first_size and self.first_epochs is None: self.first_epochs = min(round(.7*self.epochs), self.epochs-1)
     self._check_first()
     if self.recipe!='paper' and self.frozen_epochs: raise ValueError(f'frozen_epochs={self.frozen_epochs}: only recipe=paper has a frozen phase to choose.')
     resolve_arch(self.arch)

@@ -21,6 +21,7 @@ from fastcore.all import *
 from matplotlib.ticker import NullFormatter
 from scipy import stats
 
+from .callback.checkpoint import Diverged
 from .callback.history import _penalised,plot_lambda_hist
 from .config import *
 from .core import ReIDSplits,check_share
@@ -29,6 +30,7 @@ from .distributed import *
 from .files import *
 from .results import *
 from .runs import *
+from .runs import _added
 
 # %% ../nbs/20_experiments.ipynb #28ba6412
 #: The regularisers that are compared by default
@@ -119,7 +121,7 @@ class Comparison:
         asked = json.loads(json.dumps(dict(cfg=vars(self.cfg), arms=list(self.arms), seeds=self.seeds, grids=self.grids, tune_pids=self.tune_pids, tune_distractors=self.tune_distractors, dataset=self.splits.name)))
         if not (file := self.out/'comparison.json').exists(): return write_json(file, asked)
         found = {'tune_distractors':0., **read_json(file)}  # older comparisons do not have this option
-        before,now = ({**o.pop('cfg'), **o, 'seeds':None} for o in (found, asked))  # seeds may be added
+        before,now = ({**_added, **o.pop('cfg'), **o, 'seeds':None} for o in (found, asked))  # seeds may be added
         if diff := [k for k in now if before.get(k)!=now[k]]:
             raise ValueError(f'{self.out} was begun with {diff[0]}={before.get(diff[0])!r}, but this call has {now[diff[0]]!r}. Take another folder for another comparison.')
 
@@ -146,10 +148,18 @@ def _write(self:Comparison): atomic_write(self.out/'results.csv', self.runs.to_c
 def runs(self:Comparison): "One row per run"; return pd.DataFrame(self.rows)
 
 @patch
+def _score(self:Comparison, arm, strength):
+    "mAP on the held-out identities, %; 0 if the training diverged"
+    try: return self._train('tune', self.held, arm, self.cfg.seed, strength)['mAP']
+    except Diverged as e:
+        warnings.warn(f'{arm} with strength {strength:.4g} counts as mAP 0. {e}')
+        return 0.
+
+@patch
 def _strengths(self:Comparison):
     "The chosen strength of each arm"
     if not self._tunes: return {arm: v[0] for arm,v in self.grids.items()}
-    scores = tune(self.grids, lambda arm,v: self._train('tune', self.held, arm, self.cfg.seed, v)['mAP'])
+    scores = tune(self.grids, self._score)
     return {arm: max(o, key=o.get) for arm,o in scores.items()}
 
 @patch

@@ -67,9 +67,18 @@ def published_lr(
 # %% ../nbs/15b_published.ipynb #dcefe012
 class ErasingFrom(PlainErrors, Callback):
     "Start random erasing at a given epoch"
+    erase,_learn = None,None
     def __init__(self,
         epoch:int # First epoch with random erasing, from 0
     ): self.first = epoch
+
+    @property
+    def learn(self): return self._learn
+    @learn.setter
+    def learn(self, learn):
+        if learn is None and self.erase is not None: self.erase.p = self.p  # also after an interruption, which `after_fit` does not follow
+        self._learn = learn
+
     def before_fit(self):
         self.erase = first(o for o in self.dls.train.after_batch.fs if isinstance(o, EraseEach))
         if self.erase is None: raise ValueError('ErasingFrom needs `EraseEach` among the batch transforms. Use `reid_augs()`, which contains it.')

@@ -73,6 +73,7 @@ def turn_arrays(
 ):
     "Turn each array by a given angle from its old value towards the optimizer's result"
     size = 1 if ws[0].device.type=='cpu' else len(ws)  # on a CPU one at a time, so that an array stays in the cache
+    if ws[0].device.type=='mps': angles = angles.float()  # Apple's GPUs have no float64
     for i in range(0, len(ws), size): _turn_together(ws[i:i+size], olds[i:i+size], angles[i:i+size].to(ws[0].device), per_channel, keep)
 
 def _turn_together(ws, olds, angles, per_channel, keep):

@@ -84,7 +84,8 @@ def read_threshold(
     if not file.exists(): raise ValueError(f'{brief(file, 100)} does not exist, so no threshold is known. Measure it: {cmd} --verify')
     v = read_json(file)
     if v.get('model')!=sha256: raise ValueError(f'{brief(file, 100)} is of another model than the gallery. Move it to another folder, and measure anew: {cmd} --verify')
-    again = ' '.join(L(cmd, v.get('data') and brief(v['data'], 60), '--verify', not v.get('flip', True) and '--no-flip', metric!='cosine' and f'--metric {metric}').filter())
+    again = ' '.join(L(cmd, v.get('data') and brief(v['data'], 60), '--verify', metric!='cosine' and f'--metric {metric}').filter())
+    if not v.get('flip', True): raise ValueError(f'{brief(file, 80)} was measured with --no-flip, and galleries average embeddings over image and mirror image. Measure it anew: {again}')
     if v.get('metric')!=metric: raise ValueError(f'{brief(file, 90)} has thresholds for {brief(v.get("metric"), 20)} distances, and the gallery has {metric}. Measure it anew: {again}')
     try:
         known = {float(k): float(o['threshold']) for k,o in v['thresholds'].items()}

@@ -39,6 +39,8 @@ def _pair(o): return f'{o[0]:.1f} / {o[1]:.1f}'
 def paper_table(
     out:str|Path, # Folder of the runs; complete runs are not trained again
     root:str|Path, # Folder that contains the datasets
+    device:str|None=None, # Device for training; None: the GPU if there is one
+    workers:int|None=None, # Number of loader processes; None: the default of `ReIDDataLoaders`
     **options # Other options of `RunConfig`, without recipe, backbone and regulariser
 ) -> pd.DataFrame: # One row per method and dataset: published and measured mAP / Rank-1, %, or the reason for skipping
     "Run the paper's recipe where dataset and weights are available, and compare with the published results"
@@ -48,22 +50,22 @@ def paper_table(
     write_json(out/'paper.json', dict(root=os.path.abspath(root), options=options))
     for (l2,arch,reranked),figures in published.items():
         for layout,figure in zip(_datasets, figures):
-            if (key := (l2,arch,layout.name)) not in done: done[key] = _paper_run(out, root, l2, arch, layout, options)
+            if (key := (l2,arch,layout.name)) not in done: done[key] = _paper_run(out, root, l2, arch, layout, options, device, workers)
             res = done[key]
             if isinstance(res, dict): o = res['reranked'] if reranked else res; res = _pair((o['mAP'], o['Rank-1']))
             rows.append(dict(method=f'{l2} L2'+(' + re-ranking' if reranked else ''), backbone=arch, dataset=layout.name, published=_pair(figure), measured=res))
             atomic_write(out/'table.md', markdown_table(pd.DataFrame(rows))+'\n')
     return pd.DataFrame(rows)
 
-def _paper_run(out, root, l2, arch, layout, options):
+def _paper_run(out, root, l2, arch, layout, options, device, workers):
     "Results of one run, or the reason for skipping"
-    try: data = layout.find(root)
-    except ValueError: return f'skipped: {layout.name} was not found'
-    cfg = RunConfig(data, 'paper', arch=arch, l2=l2, rerank=True, **options)
-    try: build_net(cfg)
+    try:
+        data = layout.find(root)
+        cfg = RunConfig(data, 'paper', arch=arch, l2=l2, rerank=True, **options)
+        build_net(cfg)
     except ValueError as e: return f'skipped: {first(str(e).split(": "))}'
     print(f'\n{l2} {arch} {layout.name}')
-    return train_run(out/f'{layout.name}-{arch}-{l2}-seed{cfg.seed}', layout(data), cfg)
+    return train_run(out/f'{layout.name}-{arch}-{l2}-seed{cfg.seed}', layout(data), cfg, device, workers)
 
 # %% ../nbs/20b_tables.ipynb #9c38793d
 #: Other methods of the paper's table: name -> (name in `methods`, None if it is not available; (mAP, Rank-1) on Market-1501, DukeMTMC-reID and MSMT17)

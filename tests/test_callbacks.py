@@ -11,7 +11,9 @@ from fastai.tabular.all import TabularDataLoaders, tabular_learner, Normalize, C
 from fastai.vision.all import ImageBlock, CategoryBlock, DataBlock, vision_learner
 from torch import nn
 
+from reid_fastai.callback.arrays import ArrayHistory
 from reid_fastai.callback.regularizer import *
+from reid_fastai.callback.rotation import AutoL2, RotationControl
 from reid_fastai.core import PlainErrors, unwrap
 from reid_fastai.callback.history import *
 from reid_fastai.regularizers import *
@@ -132,6 +134,39 @@ def test_removal_leaves_the_learner_as_it_was():
     before = learn.opt_func,learn.splitter,len(learn.metrics)
     learn.add_cb(AdaptiveL2(.1)); learn.remove_cb(AdaptiveL2)
     assert before==(learn.opt_func,learn.splitter,len(learn.metrics))
+
+@pytest.mark.parametrize('cbs', [lambda: [RotationControl(.1), AdaptiveL2(.1)], lambda: [AdaptiveL2(.1), RotationControl(.1)], lambda: [ConventionalL2()], lambda: [AutoL2()]])
+@pytest.mark.parametrize('opt_func', [Adam, partial(OptimWrapper, opt=torch.optim.AdamW)])
+@pytest.mark.parametrize('before', [0, 1])
+def test_removal_restores_the_default_decay(cbs, opt_func, before):
+    "Of an optimizer that is older or younger than the callbacks; else a comparison with and without them would be unfair"
+    class Decays(Callback):
+        def after_step(self): self.learn.seen = decays(self.learn)
+    learn = learner(Decays(), opt_func=opt_func)
+    given = learn.opt_func
+    if before: fit(learn)
+    fit(learn, cbs=cbs())
+    assert learn.seen=={0} and learn.opt_func is given
+    assert decays(fit(learn))==learn.seen=={.01} and not [p for g in learn.opt.param_lists for p in g if p is getattr(learn.model, THETA, None)]
+    assert decays(fit(learn, reset_opt=True))=={.01}
+
+def test_decay_stays_dropped_while_a_callback_needs_it():
+    learn = fit(learner(ConventionalL2()), cbs=RotationControl(.1))
+    assert decays(learn)==decays(fit(learn, reset_opt=True))=={0}
+
+def test_theta_of_other_arrays_is_refused():
+    "As many scales as shifts: the number of θ is the same"
+    learn = fit(learner(AdaptiveL2(.1, exclude='gamma')), 1, 'fit', 1e-2)
+    learn.remove_cb(AdaptiveL2)
+    with pytest.raises(ValueError, match='0.1.bias is only in one of the two sets.*del learn.model.l2_theta'): learn.add_cb(AdaptiveL2(.1, exclude='beta'))
+    del learn.model.l2_theta
+    assert (fit(learn.add_cb(AdaptiveL2(.1, exclude='beta')), 1, 'fit', 1e-2).model.l2_theta<0).all()
+
+@pytest.mark.parametrize('make', [ArrayHistory, RotationControl, AdaptiveL2, ConventionalL2])
+def test_history_of_another_model_begins_anew(make):
+    cb = make()
+    for _ in range(2): fit(learner(cb))
+    assert list(cb.history.epoch.unique())==[0,1]
 
 def test_theta_is_no_child_of_a_sequential():
     learn = learner(AdaptiveL2(.1))

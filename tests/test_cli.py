@@ -7,10 +7,12 @@ import pandas as pd, pytest, torch
 
 from reid_fastai import cli
 from reid_fastai.cli import *
+from reid_fastai.config import RunConfig
 from reid_fastai.data.datasets import read_dataset
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.evaluation.verification import read_verification
 from reid_fastai.export import save_model
+from reid_fastai.files import read_json, write_json
 from reid_fastai.models import build_reid_net
 from reid_fastai.shell import _parse
 from forks import command, fork
@@ -209,8 +211,10 @@ def test_resume_refuses_other_data(run, tmp_path):
     (out/'config.json').write_text(json.dumps(cfg))
     with pytest.raises(ValueError, match='begun with dataset'): reid_train(resume=out)
 
-def test_held_out_identities_choose(data, tmp_path):
-    out = reid_train(data, out=tmp_path/'r', val_pids=.25, **tiny_args)
+@pytest.mark.parametrize('every', [None, 2])
+def test_held_out_identities_choose(every, data, tmp_path):
+    "Also among epochs that are not all evaluated"
+    out = reid_train(data, out=tmp_path/'r', val_pids=.25, eval_every=every, **tiny_args)
     res,table = json.loads((out/'results.json').read_text()),pd.read_csv(out/'metrics.csv')
     assert res['epoch']==table.mAP.idxmax()+1 and res['queries']==6
     assert round(100*reid_eval(out).mAP, 4)==res['mAP']
@@ -225,24 +229,58 @@ def test_compare(data, tmp_path, shell):
     assert {'summary.md','curves.png','lambda_hist.png'} <= {o.name for o in (tmp_path/'c').iterdir()}
     res = shell('reid-compare', *args, '--lr', '1e-2')
     assert res.returncode==2 and 'was begun with lr=0.001' in res.err
+    begun = read_json(tmp_path/'c'/'comparison.json')
+    for k in ('compile','first_size'): del begun['cfg'][k]
+    write_json(tmp_path/'c'/'comparison.json', begun)
+    assert shell('reid-compare', *args).returncode==0  # an older version wrote the file
 
 def test_table_of_the_paper_says_what_is_missing(tmp_path, shell):
     res = shell('reid-compare', '--table', 'paper', '--root', tmp_path, '--out', tmp_path/'t')
     assert res.returncode==0 and res.out.count('skipped: ')==15 and '87.2 / 94.6' in res.out
     assert shell('reid-compare', '--table', 'paper').returncode==2
+    res = shell('reid-compare', '--table', 'paper', '--root', tmp_path, '--out', tmp_path/'t', '--seeds', '5', '--arms', 'none')
+    assert res.returncode==2 and 'arms, seeds: the table determines it' in res.err
+
+def test_table_of_the_paper_trains_where_it_is_told(monkeypatch, tmp_path, data):
+    from reid_fastai import tables
+    seen = []
+    class Fake:
+        name = 'Market-1501'
+        def find(self, root): return data
+        def __call__(self, root): return root
+    def train(out, splits, cfg, device, workers):
+        seen.append((device, workers, cfg.seed))
+        return dict(mAP=1., reranked=dict(mAP=1., **{'Rank-1':1.}), **{'Rank-1':1.})
+    for k,v in dict(_datasets=(Fake(),), build_net=lambda cfg: None, train_run=train).items(): monkeypatch.setattr(tables, k, v)
+    reid_compare(table='paper', root=tmp_path, out=tmp_path/'t', seed=7, device='cpu', workers=3)
+    assert set(seen)=={('cpu', 3, 7)}
+
+def test_a_diverged_strength_counts_as_0(monkeypatch, tmp_path, data):
+    "Else the grid, which extends itself, could not be finished"
+    from reid_fastai.callback.checkpoint import Diverged
+    from reid_fastai.experiments import Comparison
+    def train(self, stage, splits, arm, seed, strength):
+        if strength>8: raise Diverged('The loss is nan.')
+        return dict(mAP=strength)
+    monkeypatch.setattr(Comparison, '_train', train)
+    with pytest.warns(UserWarning, match='decoupled with strength 37.5 counts as mAP 0. The loss is nan.'):
+        assert Comparison(tmp_path/'c', read_dataset(data), RunConfig(data), arms=['decoupled'], tune_pids=.25)._strengths()=={'decoupled': 7.5}
 
 def test_eval_on_other_data_with_kept_features(run, tmp_path, shell):
-    "A model, another dataset: the figures of its images, re-ranked too, and again from the kept embeddings when the images are gone"
+    "A model, another dataset: the figures of its images, re-ranked too, and again from the kept embeddings unless an image has changed"
     import shutil
     other = make_synthetic(tmp_path/'other', tiny=True, seed=7)
     args = [run, other, '--features', tmp_path/'f.safetensors']
     first = shell('reid-eval', *args, '--rerank', '--csv', tmp_path/'q.csv')
     assert first.returncode==0 and 're-ranked: ' in first.out, first.err
     assert list(pd.read_csv(tmp_path/'q.csv').path.map(lambda o: o.split('/')[0]))==['query']*6
-    for o in other.rglob('*.jpg'): o.write_bytes(b'')
     again = shell('reid-eval', *args)
     assert again.returncode==0 and [l for l in again.out.splitlines() if l.startswith('mAP')][0] in first.out
     assert shell('reid-eval', run).out!=again.out
+    shutil.copy(o := next(other.rglob('query/*.jpg')), tmp_path/'kept.jpg')
+    o.write_bytes(next(other.rglob('bounding_box_train/*.jpg')).read_bytes())  # another image under the same name
+    changed = shell('reid-eval', *args)
+    assert changed.returncode==2 and 'embeddings of other images' in changed.err
     shutil.rmtree(other)
     assert shell('reid-eval', *args).returncode==2
 

@@ -14,7 +14,7 @@ from reid_fastai import cli_search
 from reid_fastai.cli_search import *
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.export import load_embedder, save_model
-from reid_fastai.files import write_json
+from reid_fastai.files import read_json, write_json
 from reid_fastai.gallery import *
 from reid_fastai.models import build_reid_net
 
@@ -282,6 +282,9 @@ def test_same_or_not(home, data):
     res = reid_search(home/'people', [photo], k=5, model=home/'run', same=True, quiet=True)
     assert res.df.same.tolist()==[True]*3+[False]*2 and 'false accept rate 0.001' in res.how
     assert reid_search(home/'people', [photo], k=5, model=home/'run', same=True, far=1e-2, quiet=True).df.same.all()
+    write_json(home/'run'/'verification.json', dict(read_json(home/'run'/'verification.json'), flip=False))
+    with pytest.raises(ValueError, match='measured with --no-flip.*reid-eval run --verify$'): reid_search(home/'people', [photo], model='run', same=True)
+    write_json(home/'run'/'verification.json', dict(read_json(home/'run'/'verification.json'), flip=True))
     with pytest.raises(ValueError, match='Choose one of them, or measure it: reid-eval run --verify --far 0.02'): reid_search(home/'people', [photo], model='run', same=True, far=.02)
 
 

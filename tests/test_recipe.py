@@ -2,7 +2,7 @@
 import json
 
 import numpy as np, pandas as pd, pytest, torch
-from fastai.basics import Callback, Learner, set_seed
+from fastai.basics import Callback, Learner, first, set_seed
 from torch import nn
 
 from reid_fastai.callback.regularizer import AdaptiveL2
@@ -134,6 +134,23 @@ def test_a_run_goes_on_to_the_same_digits(opts, tmp_path, interrupted):
     interrupted(tmp_path/'cut', splits, cfg, 2)
     train_run(tmp_path/'cut', splits, cfg)
     for f in ('lambdas.csv','model.safetensors'): assert (tmp_path/'whole'/f).read_bytes()==(tmp_path/'cut'/f).read_bytes()
+
+def test_erasing_after_an_interrupted_fit():
+    "`after_fit` does not follow an interruption"
+    from reid_fastai.data.augment import EraseEach
+    from reid_fastai.published import ErasingFrom
+    from reid_fastai.test_utils import tiny_learner
+    class Stop(Callback):
+        def after_batch(self): raise KeyboardInterrupt
+    learn = tiny_learner()
+    erase = first(o for o in learn.dls.train.after_batch.fs if isinstance(o, EraseEach))
+    p = erase.p
+    with learn.no_bar(), learn.no_logging(), pytest.raises(KeyboardInterrupt): learn.fit(2, 1e-3, cbs=[ErasingFrom(1), Stop()])
+    assert erase.p==p>0
+
+def test_one_epoch_has_one_size():
+    with pytest.raises(ValueError, match='epochs=1: progressive resizing needs at least 2'): RunConfig(recipe='laptop', epochs=1)
+    with pytest.raises(ValueError, match='epochs=ten: a whole number'): RunConfig(recipe='laptop', epochs='ten')
 
 def test_laptop_recipe(splits):
     "Another regulariser has a strength of its own; small images end before the last epoch; a network of one size is refused"

@@ -138,6 +138,23 @@ def test_state_goes_on(make, tmp_path):
     again.restore_history(pd.read_csv(tmp_path/'l.csv'))
     assert torch.equal(again.regularizer.factors, cb.regularizer.factors) and cb.regularizer.factors.max()>0
 
+@pytest.mark.parametrize('make', [lambda: CPR(.5, warm=0), lambda: AWD(.3)])
+def test_lr_find_leaves_lambda_alone(make):
+    "It raises the learning rate until training diverges, and restores only model and optimizer"
+    learn = fit(learner(make()))
+    lam = find_l2(learn).regularizer.factors.clone()
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(end_lr=1e6, stop_div=False, show_plot=False)
+    assert torch.equal(find_l2(learn).regularizer.factors, lam) and not fit(learn).model[0].weight.isnan().any()
+
+def test_starts_are_those_of_the_present_model():
+    cb = L2SP()
+    fit(learner(cb))
+    other = learner()
+    with torch.no_grad(): other.model[0].weight.add_(1.)
+    start = other.model[0].weight.detach().clone()
+    other.add_cb(cb)
+    assert torch.equal(cb.regularizer.starts[0], start) and float(cb.penalty())<.1*float(start.square().sum())
+
 @pytest.mark.parametrize('make', [lambda: DecoupledL2(5.), lambda: CautiousL2(5.), lambda: CPR(.5, warm=0), lambda: AWD(.3)])
 def test_frozen_and_skipped(make):
     class Skip(Callback):

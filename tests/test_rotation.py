@@ -291,8 +291,11 @@ def test_default_decay_is_left_out(kw, wd):
 def test_decay_of_an_existing_optimizer():
     learn = fit(learner())
     before = learn.opt_func
-    assert decays(learn)=={.01} and decays(fit(learn, cbs=RotationControl(.1)))=={0.} and learn.opt_func is before
-    assert decays(fit(learn, cbs=RotationControl(.1), wd=.01))=={.01}
+    class Decays(Callback):
+        def after_step(self): self.learn.seen = decays(self.learn)
+    for kw,seen in (({}, 0.), (dict(wd=.01), .01)):
+        fit(learn, cbs=[RotationControl(.1), Decays()], **kw)
+        assert learn.seen=={seen} and decays(learn)=={.01} and learn.opt_func is before
 
 def test_history_is_restored_before_a_fit():
     "As for a run that was interrupted after its last epoch"
@@ -300,6 +303,24 @@ def test_history_is_restored_before_a_fit():
     cb = learner(RotationControl(.1)).rotation_control
     cb.restore_history(h)
     pd.testing.assert_frame_equal(cb.history, h)
+
+@pytest.mark.parametrize('cbs', [lambda: [AutoL2(.1, .1)], lambda: [RotationControl(.1)], lambda: [RotationControl(.1), ConventionalL2()]])
+def test_the_same_arrays_turn_after_an_interruption(cbs):
+    "An array of zeros is not found to be scale-invariant before the first step, but after it"
+    start = learner(*cbs())
+    with torch.no_grad(): start.model[1].weight.zero_()
+    cb = first(fit(start, 1, 'fit', 1e-2).cbs, lambda o: isinstance(o, RotationControl))
+    again = learner(*cbs())
+    again.model.load_state_dict(start.model.state_dict())
+    find_l2(again).restore_history(find_l2(start).history)
+    other = first(fit(again, 1, 'fit', 1e-2).cbs, lambda o: isinstance(o, RotationControl))
+    assert cb.names==other.names==['0.0.weight']
+    assert first(fit(learner(*cbs()), 1, 'fit', 1e-2).cbs, lambda o: isinstance(o, RotationControl)).names==turning
+
+def test_a_history_without_angles():
+    from reid_fastai.callback.history import plot_angles
+    h = fit(learner(AutoL2(.1, .1))).auto_l2.history
+    with pytest.raises(ValueError, match='older version'): plot_angles(h.drop(columns=['angle','rotates']))
 
 def test_figures_of_lambda_leave_out_what_turns():
     from reid_fastai.experiments import plot_mean_lambda

@@ -188,6 +188,7 @@ def test_numbers_have_bounds(opt, v):
     (reid_train, ['--epochs', 'ten'], ['--epochs', '--help']), (reid_train, ['--no-such-option'], ['--no-such-option']),
     (reid_compare, ['--arms', 'none', 'none'], ['none', 'once']), (reid_compare, ['--factors', '-1', '--amplitudes', '1'], ['factor']), (reid_compare, ['--amplitudes', '1e-3', '0', '1'], ['amplitude']),
     (reid_train, ['--amplitude', '1e20'], ['amplitude', '1,000,000']), (reid_train, ['--factor', '9'*20], ['factor', '1,000,000']),
+    (reid_train, ['--factor', '0.1'], ['--factor 0.1: --l2 adaptive does not use it']), (reid_train, ['--l2', 'conventional', '--amplitude', '0.1'], ['--amplitude 0.1', '--l2 auto']),
     (reid_compare, ['--tune-pids', '2'], ['identities']), (reid_compare, ['--seeds', '0'], ['seeds=0'])])
 def test_bad_options_are_refused_before_anything_is_trained(func, args, words, data, tmp_path, shell, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -20,7 +20,7 @@ from ..rotation import turned_angles
 class ArrayHistory(PlainErrors, Callback):
     "Record the norm of all parameter arrays and the angle by which a step turns them"
     order,run_valid,every = 200,False,10  # `every`: steps from one measurement to the next
-    turns = False  # whether the callback turns arrays
+    turns,undecayed = False,False  # whether the callback turns arrays; whether it removes the optimizer's default weight decay
     regularizer = None  # gives names, kinds, arrays, λ and norms
     _learn = None
     def __init__(self): self._epochs = []
@@ -36,7 +36,15 @@ class ArrayHistory(PlainErrors, Callback):
     def _detach(self): self._learn = None
 
     def _build(self, learn):
-        if [*map(id, getattr(self.regularizer, 'arrays', []))]!=[*map(id, (new := L2Regularizer(learn.model, 0.)).arrays)]: self.regularizer = new
+        if not self._keeps(new := L2Regularizer(learn.model, 0.)): self._use(new)
+
+    def _keeps(self, new): "Whether `new` has the arrays of the present regulariser"; return self.regularizer and [*map(id, self.regularizer.arrays)]==[*map(id, new.arrays)]
+
+    def _use(self, new):
+        "Use the regulariser `new`; recorded epochs are dropped if they belong to other arrays or to another model"
+        old,ids = self.regularizer,lambda r: {id(w) for w in r.arrays}
+        if old and (old.names!=new.names or not ids(old) & ids(new)): self._epochs = []
+        self.regularizer = new
 
     def before_fit(self):
         self._build(self.learn)
@@ -101,4 +109,6 @@ def restore_history(self:ArrayHistory,
     if self.regularizer is None: self._build(self.learn)
     df = df.assign(rotates=df.get('rotates', False))
     self._epochs = [[o[c].to_numpy('float32') if c in o else np.full(len(o), np.nan, 'float32') for c in _cols] for _,o in df.groupby('epoch')]
-    self.regularizer.spared = {*df.name[df.rotates & (df.epoch==df.epoch.max())]}
+    self.regularizer.spared = turned = {*df.name[df.rotates & (df.epoch==df.epoch.max())]}
+    for cb in self.learn.cbs:
+        if isinstance(cb, ArrayHistory) and cb.turns: cb.turn_again(turned, self.regularizer.names)

@@ -105,9 +105,10 @@ def _shorten(s, n=26): return s if len(s)<=n else '…'+s[-n+1:]
 def _angles(history, kinds):
     "Rows with an angle above 0, of `kinds`; None: of the arrays that rotate, or of kernels if none does"
     _check_history(history)
+    if not {'angle','rotates'}<={*history.columns}: raise ValueError('The history has no angles: an older version wrote it. Train again.')
     o = history[history.rotates.astype(bool)] if kinds is None and history.rotates.any() else history[history.kind.isin(L(ifnone(kinds, 'kernel')))]
     o = o[o.angle>0]
-    if not len(o): raise ValueError(f'The history has no angle of {list(L(ifnone(kinds, "kernel")))}: nothing has turned, or an older version without angles wrote it. Train again.')
+    if not len(o): raise ValueError(f'The history has no angle of {list(L(ifnone(kinds, "kernel")))}: nothing has turned.')
     return o
 
 def plot_angle_hist(

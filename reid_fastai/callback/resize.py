@@ -74,6 +74,7 @@ def check_first_epochs(
     epochs:int # Total number of epochs
 ):
     "Raise `ValueError` unless at least one epoch has small images and the last epoch full-size ones"
+    if epochs<2: raise ValueError(f'epochs={epochs}: progressive resizing needs at least 2, one with small and one with full-size images.')
     if not (isinstance(first_epochs, int) and 0<first_epochs<epochs): raise ValueError(f'first_epochs={first_epochs}: with epochs={epochs} it must be {f"from 1 to {epochs-1}" if epochs>2 else 1}, so that the last epoch has full-size images.')
 
 @patch

@@ -28,6 +28,14 @@ class DecayCallback(L2Callback):
     @property
     def _start(self): return 0.  # λ at the start
 
+    def before_fit(self):
+        super().before_fit()
+        self._before_find = self.regularizer.factors.clone() if hasattr(self.learn, 'lr_finder') else None
+
+    def after_fit(self):
+        super().after_fit()
+        if self._before_find is not None: self.regularizer.factors.copy_(self._before_find)  # `lr_find` restores the model, but not these λ
+
     def _kernels(self):
         "Indices, arrays and learning rates of the kernels that the step will change"
         r,lrs = self.regularizer,self._lrs()
@@ -143,6 +151,7 @@ class L2SP(L2Callback):
         self._starts = {}
 
     def _build(self, learn):
+        if self.regularizer and not {*map(id, self.regularizer.arrays)} & {*map(id, learn.model.parameters())}: self._starts = {}  # of another model
         groups = L(learn.splitter(unwrap(learn.model)))
         new = {id(p) for p in L(groups[-1])} if len(groups)>1 and isinstance(first(groups), (L,list)) else set()
         for n,w in unwrap(learn.model).named_parameters():

@@ -14,7 +14,7 @@ from fastcore.all import *
 
 from .arrays import ArrayHistory
 from .regularizer import *
-from .regularizer import _chosen_wd,_drop_default_wd,_without_wd
+from .regularizer import _chosen_wd
 from ..distributed import by_leader
 from ..regularizers import *
 from ..rotation import *
@@ -41,13 +41,11 @@ class RotationControl(ArrayHistory):
 
     def _attach(self, learn):
         super()._attach(learn)
-        self._given = self._used = learn.opt_func
-        if _chosen_wd(learn): return
-        if learn.opt is not None: _drop_default_wd(learn.opt)
-        self._used = learn.opt_func = _without_wd(learn.opt_func, _drop_default_wd)
+        self.undecayed = not _chosen_wd(learn)
+        if self.undecayed: drop_default_wd(learn)
 
     def _detach(self):
-        if self._learn is not None and self._learn.opt_func is self._used: self._learn.opt_func = self._given
+        if self._learn is not None and self.undecayed: restore_default_wd(self._learn, self)
         super()._detach()
 
     def _radians(self, lr): return self.angle(self.pct_train) if callable(self.angle) else math.sqrt(2*lr*self.lam) if self.angle=='sqrt' else lr*self.lam
@@ -82,6 +80,16 @@ def before_fit(self:RotationControl):
     self._build(self.learn)
     names = self.names if self.regularizer is old else None
     self._spare(self._named() if self.arrays is not None else names)
+
+@patch
+def turn_again(self:RotationControl,
+    turned:set, # Names of the arrays that turned in the last epoch
+    recorded:list # Names of all arrays of the record
+):
+    "Turn the same arrays as before an interruption, because a test of the trained weights could find others"
+    self._build(self.learn)
+    names = self._named()
+    if turned and {*names}<={*recorded}: self._spare([n for n in names if n in turned])
 
 @patch
 def before_batch(self:RotationControl):
