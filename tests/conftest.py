@@ -7,11 +7,18 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
     for o in ('OMP_NUM_THREADS','MKL_NUM_THREADS','OPENBLAS_NUM_THREADS'): os.environ.setdefault(o, '1')
 
 # Each worker takes whole files. Those that take longest come first, so that no worker is left with one at the end.
-LONGEST = 'test_notebooks test_distributed test_docs test_benchmarks test_cli test_attack test_recipe'.split()
+LONGEST = 'test_notebooks test_distributed test_docs test_benchmarks test_cli test_attack test_recipe test_shell test_rivals test_methods test_models test_export test_gallery'.split()
 
 def pytest_collection_modifyitems(items):
     order = {o: i for i,o in enumerate(LONGEST)}
     items.sort(key=lambda o: order.get(o.path.stem, len(order)))
+
+@pytest.fixture(autouse=True, scope='session')
+def small_ranked_pictures():
+    "The picture of ranked lists takes longer than a training of two epochs; `test_run_folder` has one in full size"
+    from functools import partial
+    from reid_fastai import interpret, results
+    results.plot_ranked = partial(interpret.plot_ranked, n=1, k=2)
 
 @pytest.fixture
 def interrupted(monkeypatch):

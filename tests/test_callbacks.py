@@ -4,13 +4,13 @@ from functools import partial
 
 import numpy as np, pandas as pd, pytest, torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from fastai.basics import *
 from fastai.callback.all import *
 from fastai.tabular.all import TabularDataLoaders, tabular_learner, Normalize, Categorify
 from fastai.vision.all import ImageBlock, CategoryBlock, DataBlock, vision_learner
 from torch import nn
 
+from forks import fork
 from reid_fastai.callback.arrays import ArrayHistory
 from reid_fastai.callback.regularizer import *
 from reid_fastai.callback.rotation import AutoL2, RotationControl
@@ -463,6 +463,7 @@ def _gradients(rank, frozen):
     return [p.grad.tolist() for p in m.parameters() if p.grad is not None]
 
 def _worker(rank, port, d):
+    torch.set_num_threads(1)  # the threads of the parent do not exist in a fork
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     dist.init_process_group('gloo', rank=rank, world_size=2)
     (d/f'{rank}.json').write_text(json.dumps([_gradients(rank, frozen) for frozen in (False,True)]))
@@ -472,7 +473,8 @@ def test_two_processes_agree(tmp_path):
     "On the gradients, of a network that is trained and of one that is frozen, where only θ has one"
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    mp.spawn(_worker, (port, tmp_path), nprocs=2)
+    pids = [fork(_worker, rank, port, tmp_path) for rank in range(2)]
+    assert [os.waitpid(p, 0)[1] for p in pids]==[0,0]
     a,b = (json.loads((tmp_path/f'{rank}.json').read_text()) for rank in range(2))
     assert a==b and [len(o) for o in a]==[3,1]
 
@@ -482,7 +484,7 @@ def _logged(dls_args=dict(size=(64,32), n_pids=4, n_imgs=4, steps=2, device='cpu
     from reid_fastai.data.block import ReIDDataLoaders
     from reid_fastai.data.synthetic import make_synthetic
     from reid_fastai.learner import reid_learner
-    return reid_learner(ReIDDataLoaders.from_path(make_synthetic(tiny=True), **dls_args), 'resnet10t', pretrained=False, cbs=AdaptiveL2())
+    return reid_learner(ReIDDataLoaders.from_path(make_synthetic(tiny=True), **dls_args), 'test_resnet', pretrained=False, cbs=AdaptiveL2())
 
 def test_tensorboard(tmp_path):
     "The event file holds a histogram of λ for each kind and epoch, the penalty and mAP, with fastai's callback as it is"

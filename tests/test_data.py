@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import reid_fastai.data.block as block
 from reid_fastai.core import DISTRACTOR_PID, JUNK_PID
 from reid_fastai.data.augment import EraseEach, MirrorEach, PadCropEach, erase_boxes, reid_augs
-from reid_fastai.data.block import ImageMemory, ReadImage, ReIDDataLoaders, read_image
+from reid_fastai.data.block import ReIDDataLoaders, read_image
 from reid_fastai.data.datasets import CUHK03, MSMT17, DukeMTMC, Market1501, detect_layout, layouts, read_dataset
 from reid_fastai.data.sampler import PKSampler, draws
 
@@ -820,7 +820,7 @@ def test_folders_that_cannot_be_read(market, tmp_path, monkeypatch):
     says(lambda: read_dataset(f'{"x/"*2500}'), 'x/x')
     says(lambda: read_dataset('/dev/null'), '/dev/null', 'not a folder')
     for o in range(40): (tmp_path/'many'/f'{"long name "*20}{o}').mkdir(parents=True)
-    s = says(lambda: read_dataset(tmp_path/'many'), 'many', *(l.name for l in layouts))
+    says(lambda: read_dataset(tmp_path/'many'), 'many', *(l.name for l in layouts))
     for o in range(30): touch(tmp_path/'sets'/(f'market {o}'*3), *(f'{d}/{NAMES[Market1501]}' for d in ('bounding_box_train','query','bounding_box_test')))
     says(lambda: read_dataset(tmp_path/'sets'), 'contains')
     says(lambda: Market1501(tmp_path/'sets'), 'contains')

@@ -18,7 +18,7 @@ from reid_fastai.cli import reid_eval
 from reid_fastai.cli_export import reid_export
 from reid_fastai.data.block import read_image
 from reid_fastai.data.synthetic import make_synthetic
-from reid_fastai.export import load_embedder, load_model, read_meta, save_model
+from reid_fastai.export import load_embedder, read_meta, save_model
 from reid_fastai.models import build_reid_net
 from reid_fastai.portable import PIXELS, SUFFIXES, Portable, PortableNet, export_net, read_portable, to_pixels
 
@@ -92,8 +92,7 @@ def test_methods(arch, images, tmp_path):
     want = oracle(net, images[:3])
     np.testing.assert_allclose(bare(path, images[:3].numpy()), want, atol=1e-4*max(1, abs(want).max()), rtol=0)
 
-@pytest.mark.parametrize('pixels', PIXELS)
-@pytest.mark.parametrize('flip,normalize', [(False,False), (True,False), (True,True)])
+@pytest.mark.parametrize('pixels,flip,normalize', [*((o,True,True) for o in PIXELS), ('uint8',False,False), ('uint8',True,False)])
 def test_pixels_flip_and_length(pixels, flip, normalize, net, images, tmp_path):
     path = tmp_path/'net.onnx'
     export_net(net, path, images, pixels=pixels, flip=flip, normalize=normalize)
@@ -158,7 +157,8 @@ def test_a_network_that_is_exported_wrongly_is_refused(fault, fmt, words, net, i
     with pytest.raises(ValueError) as e: export_net(net, tmp_path/f'a{SUFFIXES[fmt]}', images, fmt)
     assert words in str(e.value) and len(str(e.value))-len(str(tmp_path))<300 and '\n' not in str(e.value)
     assert not list(tmp_path.iterdir()) and 'graph(' not in capfd.readouterr().out
-    path = tmp_path/f'a{SUFFIXES[fmt]}'
+    if (fault,fmt)!=(BatchOfTwo,'onnx'): return
+    path = tmp_path/f'a{SUFFIXES[fmt]}'  # an existing file is kept
     export_net(trained('test_resnet'), path, images, fmt)
     before = path.read_bytes()
     with pytest.raises(ValueError): export_net(net, path, images, fmt)

@@ -23,7 +23,8 @@ def _imports(module):
         if isinstance(node, ast.Import): names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom): names = ['.'.join([*(parents[:-node.level] if node.level else []), *([node.module] if node.module else [])])]
         else: continue
-        yield from (n.removeprefix('reid_fastai.') for n in names if n.startswith('reid_fastai.'))
+        for n in (o.removeprefix('reid_fastai.').removesuffix('.all') for o in names if o.startswith('reid_fastai.')):
+            yield from [o for o in order if o.startswith(f'{n}.')] or [n]  # a package stands for all of its modules
 
 def test_every_notebook_has_a_number_of_its_own():
     numbers = [nb.split('_')[0] for nb in order.values()]

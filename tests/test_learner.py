@@ -10,7 +10,6 @@ from torch import nn
 
 from reid_fastai.callback.all import *
 from reid_fastai.callback.evaluation import _blank, extract_features, search
-from reid_fastai.core import unwrap
 from reid_fastai.data.all import *
 from reid_fastai.export import load_model, save_model
 from reid_fastai.interpret import *
@@ -139,6 +138,7 @@ except ImportError:  # what fastai uses of it
         def backward(self, loss): loss.backward()
     sys.modules['accelerate'] = types.SimpleNamespace(Accelerator=Accelerator)
 import fastai.distributed as fd
+from fastai.learner import Learner
 from reid_fastai.test_utils import *
 rank = int(os.environ['RANK'])
 torch.distributed.init_process_group('gloo')
@@ -146,7 +146,7 @@ def broadcast(self, t, r):  # fastai's own asks for a GPU
     t = torch.tensor(t); torch.distributed.broadcast(t, r); return t.tolist()
 fd.DistributedDL._broadcast = broadcast
 learn = tiny_learner(tiny_dls(steps=2), eval_every=1)
-with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(1, 1e-3)
+with learn.no_bar(), learn.no_logging(), Learner.distrib_ctx(learn, sync_bn=False, cpu=True): learn.fit(1, 1e-3)
 json.dump([learn.recorder.values[-1][-2], 100*learn.retrieval().mAP, learn.retrieval_metrics.results.n_skipped], open(f'{sys.argv[1]}/{rank}.json', 'w'))
 torch.distributed.destroy_process_group()
 """

@@ -17,8 +17,6 @@ from reid_fastai.learner import reid_learner
 from reid_fastai.losses import ReIDLoss
 from reid_fastai.models import (BilinearAttention, PublishedRecipe, RelationAttention, ReIDNet, ReIDOutput, SpatialInteraction, build_reid_net,
                                 interaction_aggregation, methods, register_method, reid_splitter, resolve_arch)
-from reid_fastai.config import RunConfig
-from reid_fastai.runs import build_net
 from reid_fastai.test_utils import tiny_dls
 
 small = (64,32)
@@ -170,7 +168,7 @@ def test_rga_is_of_one_size():
     net = build('rga_sc_resnet50', size=(101,47)).eval()
     with torch.no_grad(): assert net(images(1, (101,47))).shape==(1,2048)
     for other in ((128,64),(47,101),(102,47)):
-        with pytest.raises(ValueError, match=rf'Images of {other[0]}×{other[1]} px .*built for 101×47 px only.*position of the map|Images of {other[0]}×{other[1]} px .*101×47'): net(images(1, other))
+        with pytest.raises(ValueError, match=rf'Images of {other[0]}×{other[1]} px .*built for 101×47 px only.*position of the map'): net(images(1, other))
     assert build('rga_sc_resnet50', size=None).size==(256,128)
 
 @pytest.mark.parametrize('size', [256,(256,),(256.,128.),(8,8),'256x128'])
@@ -208,10 +206,6 @@ def test_trains(name, tmp_path):
     assert back.arch==name
     with torch.no_grad(): torch.testing.assert_close(back(x), net(x))
 
-def test_fit_paper():
-    learn = reid_learner(tiny_dls(steps=1), 'osnet_x0_25', pretrained=False, cbs=AdaptiveL2())
-    with learn.no_bar(),learn.no_logging(): learn.fit_paper(1, 1, 1e-3)
-
 @pytest.mark.parametrize('name', kinds)
 def test_exports(name):
     "In the default mode of `torch.export`, for batches of any size"
@@ -226,7 +220,7 @@ def test_bf16(name):
     "Under autocast, and as a half-precision network"
     net = build(name).train()
     with torch.autocast('cpu', torch.bfloat16): out = net(images())
-    assert all(o.dtype==torch.float32 for o in out.embeddings)
+    assert all(o.dtype==torch.float32 and o.isfinite().all() for o in out.embeddings+out.logits)
     ReIDLoss()(out, torch.tensor([0,0,1,1])).backward()
     assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
     assert net.eval().bfloat16()(images().bfloat16()).isfinite().all()
@@ -239,9 +233,6 @@ def test_large_values_in_half_precision():
     with torch.autocast('cpu', torch.float16): assert block(x.half()).isfinite().all()
     assert block.half()(x.half()).isfinite().all()
 
-def test_check_backbone():
-    cfg = RunConfig(arch='osnet_x0_25', pretrained='none', size='64x32')
-    build_net(cfg)
 
 # --- weights
 

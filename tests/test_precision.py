@@ -18,7 +18,6 @@ from reid_fastai.callback.regularizer import AdaptiveL2
 from reid_fastai.config import RunConfig
 from reid_fastai.core import unwrap
 from reid_fastai.learner import ReIDLearner, paper_adam
-from reid_fastai.models import build_reid_net
 from reid_fastai.runs import check_compiler, make_learner
 from reid_fastai.shell import run_command
 from reid_fastai.cli import reid_train
@@ -118,13 +117,6 @@ def test_errors_and_evaluation_leave_autocast():
     learn.model[2].register_forward_hook(lambda *_: 1/0)
     with pytest.raises(ZeroDivisionError): fit(learn, halves[0])
     assert not torch.is_autocast_enabled('cpu')
-
-@pytest.mark.parametrize('half', halves[:1])
-@pytest.mark.parametrize('name', ['osnet_x0_25','rga_sc_resnet50','ianet_resnet50','bat_net'])
-def test_published_networks(half, name):
-    net = build_reid_net(name, 5, pretrained=False, size=(64,32)).train()
-    with torch.autocast('cpu', precisions[half]): out = net(torch.rand(4, 3, 64, 32))
-    assert {o.dtype for o in out.embeddings+out.logits}=={torch.float32} and all(o.isfinite().all() for o in out.embeddings)
 
 @half
 def test_resume_goes_on_to_the_same_digits(half, tmp_path):
