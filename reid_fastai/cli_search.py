@@ -10,14 +10,17 @@ import os
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
+
 from .cli import _quietly  # first, because it handles Ctrl-C during the other imports
-from fastai.data.transforms import get_image_files
 from fastcore.all import *
 
 from .core import *
 from .data.all import *
 from .data.boxes import _box
+from .data.datasets import _check_names,_images_below
 from .evaluation.distances import check_metric
+from .evaluation.verification import _check_rate
 from .files import *
 from .gallery import *
 from .gallery import _remote
@@ -28,17 +31,19 @@ from .shell import *
 # %% ../nbs/21a_cli_search.ipynb #a123d900
 def list_images(
     paths:list # Files and folders
-) -> list: # Image files; those of a folder are sorted, from any depth, without hidden files
+) -> list: # Image files, each once; those of a folder are sorted, from any depth, without hidden files
     "List image files, including those in folders"
     res = []
     for o in paths:
         if os.path.isfile(o): res.append(o)
         elif os.path.isdir(o):
-            found = sorted(str(p) for p in get_image_files(o) if not any(q.startswith('.') for q in p.relative_to(o).parts))
+            try: found = sorted(map(str, _images_below(o)))
+            except OSError as e: raise ValueError(f'{brief(e.filename, 120)} cannot be read: {e.strerror}. Change its permissions, or name other folders.') from e
             if not found: raise ValueError(f'{brief(o, 120)} holds no images. Name image files, or a folder with .jpg, .png or other images.')
             res += found
         else: raise ValueError(f'{brief(o, 120)} {"is neither a file nor a folder" if os.path.exists(o) else "does not exist"}. Name image files or folders.')
-    return res
+    _check_names(map(str, res))
+    return [res[i] for i in np.unique(number_files(res), return_index=True)[1]]
 
 def _images(paths, boxes):
     "Images and columns for `Gallery.add`"
@@ -99,7 +104,7 @@ def reid_search(
     png:str=None, # PNG file for a contact sheet
     where:str=None, # SQL condition on the columns, such as "camid != 3 and time > 60"
     same:bool=False, # Mark images as the same person or not, by the threshold of `reid-eval --verify`
-    far:float=1e-3, # False accept rate of that threshold
+    far:float=None, # False accept rate of that threshold; default: 0.001
     pid:str=None, # Identity in the photos, if known; results are then marked right or wrong if the gallery has identities
     index:bool=False, # Search approximately with an index, which is built if there is none
     model:str=None, # Model of the gallery, if it has been moved
@@ -108,7 +113,8 @@ def reid_search(
 ) -> SearchResults: # Found images
     "Find the gallery images nearest to photos"
     check_int('k', k, 1)
-    check_share('far', far, 'pairs')
+    if far is not None and not same: raise ValueError(f'--far {far:g}: the threshold is used only with `--same`. Add it, or leave `--far` out.')
+    _check_rate(far := ifnone(far, 1e-3))
     files = list_images(photos)
     db = Gallery.load(gallery, model, chosen_device(device))
     check_outputs(dict(csv=csv, html=html, png=png), {f'photo {brief(o, 60)}': o for o in files})

@@ -83,6 +83,8 @@ class RunConfig:
         if val_pids: self.eval_every = ifnone(eval_every, 1)
         self._check()
 
+def _first_epochs(epochs): "Default number of epochs with small images"; return min(round(.7*epochs), epochs-1)
+
 def _absolute(path, what):
     "Absolute `path`, so that the run can be resumed from another folder; 'synthetic' is not changed"
     if not str(path).strip(): raise ValueError(f"{what}='': it is empty. Is a shell variable unset? Leave the option out for its default.")
@@ -109,7 +111,7 @@ def _check(self:RunConfig):
             raise ValueError(f'{k}={v}: a whole number from {lo} to {hi:,} is needed{why}.')
     if not (isinstance(self.lr, (int,float)) and 0<self.lr<=_largest_lr): raise ValueError(f'lr={self.lr}: a positive, finite number is needed, at most {_largest_lr:,}.')
     check_share('val_pids', self.val_pids)
-    if self.first_size and self.first_epochs is None: self.first_epochs = min(round(.7*self.epochs), self.epochs-1)
+    if self.first_size and self.first_epochs is None: self.first_epochs = _first_epochs(self.epochs)
     self._check_first()
     if self.recipe!='paper' and self.frozen_epochs: raise ValueError(f'frozen_epochs={self.frozen_epochs}: only recipe=paper has a frozen phase to choose.')
     resolve_arch(self.arch)
@@ -162,8 +164,10 @@ def weights(self:RunConfig) -> bool|str: # Argument `pretrained` of `build_reid_
 def but(self:RunConfig,
     **changes # Options with other values
 ) -> RunConfig: # A copy
-    "Copy the options with `changes`; `strength` is reset if the regulariser changes"
+    "Copy the options with `changes`; `strength` is reset if the regulariser changes, and a default `first_epochs` follows the number of epochs"
+    if changes.get('recipe', self.recipe)!=self.recipe: raise ValueError(f'recipe={changes["recipe"]}: these options have the defaults of recipe={self.recipe} already. Make a new `RunConfig`.')
     own = dict(strength=None) if changes.get('l2', self.l2)!=self.l2 else {}
+    if self.first_epochs==_first_epochs(self.epochs): own['first_epochs'] = None  # the default for another number of epochs
     return RunConfig(**{**vars(self), **own, **changes})
 
 # Regulariser -> its option for the strength; `strength` for all others

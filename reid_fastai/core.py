@@ -99,6 +99,8 @@ def _check_files(df, name, files):
     "Raise `ValueError` for images listed twice; `files` are numbers, equal for rows of the same file"
     if (n := df.groupby(files).pid.nunique()).max()>1:
         raise ValueError(f'{name}: {brief(df.path[files==n.idxmax()].iloc[0])} is listed with {n.max()} identities. Keep only the right one.')
+    if 'camid' in df and (n := df.groupby(files).camid.nunique()).max()>1:
+        raise ValueError(f'{name}: {brief(df.path[files==n.idxmax()].iloc[0])} is listed with {n.max()} cameras. An image comes from one camera; keep only the right one.')
     if (twice := pd.DataFrame(dict(file=files, split=df.split.to_numpy())).duplicated()).any():
         at = twice.argmax()
         path,other = df.path.iloc[(files==files[at]).argmax()],df.path.iloc[at]
@@ -234,8 +236,10 @@ def free_memory(
     ) -> int|None: # Bytes; None if unknown
     "Free memory, at most the memory limit of the container"
     def f(path, pattern): return int(m[1]) if os.path.exists(path) and (m := re.search(pattern, Path(path).read_text())) else None
-    kb = f('/proc/meminfo', r'MemAvailable:\s+(\d+)')
-    return min(L(kb and 1024*kb, f('/sys/fs/cgroup/memory.max', r'(\d+)')).filter(), default=None)
+    kb,group = f('/proc/meminfo', r'MemAvailable:\s+(\d+)'),'/sys/fs/cgroup/memory'
+    limit,used,cache = f(f'{group}.max', r'(\d+)'),f(f'{group}.current', r'(\d+)'),f(f'{group}.stat', r'\binactive_file (\d+)')  # the cache of files can be freed
+    left = None if limit is None else max(0, limit-max(0, (used or 0)-(cache or 0)))
+    return min((o for o in (kb and 1024*kb, left) if o is not None), default=None)
 
 # %% ../nbs/00_core.ipynb #1c648f1a
 def keep_freed_memory():

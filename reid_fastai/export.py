@@ -16,7 +16,7 @@ from . import __version__
 from .core import mean_of_mirrored,progress,unwrap
 from .data.block import read_image
 from .files import load_tensors,save_tensors
-from .models import ReIDNet,build_reid_net
+from .models import ReIDNet,build_reid_net,methods
 from .portable import Portable,is_portable,read_portable
 
 # %% ../nbs/18_export.ipynb #17a693f0
@@ -61,7 +61,7 @@ def load_model(
 ) -> ReIDNet: # Network in evaluation mode; it maps images (b, 3, h, w) in [0, 1] to embeddings (b, `n_features`)
     "Rebuild a network from its file"
     arrays,meta = _read(path)
-    net = build_reid_net(meta['arch'], meta['n_classes'], meta['regions'], pretrained=False, size=meta['size'])
+    net = build_reid_net(meta['arch'], meta['n_classes'], meta['regions'], pretrained=False, size=meta['size'] if meta['arch'] in methods else None)
     own = net.state_dict()
     if bad := sorted(k for k in {*own, *arrays} if k not in own or k not in arrays or own[k].shape!=arrays[k].shape):
         raise ValueError(f'{path} does not fit the {meta["arch"]} it claims to be: {len(bad)} of {len(own)} arrays are missing, foreign or of '

@@ -60,7 +60,7 @@ def plot_ranked(
     res:RetrievalResults, # Results to draw
     q_imgs:list|Callable, # Query images: sequence of paths or arrays, or a function of the index
     g_imgs:list|Callable, # Gallery images, including junk
-    queries:list|None=None, # Indices of queries, one per row; None: `n` queries with a match, evenly spread
+    queries:list|None=None, # Indices of queries, one per row, or one bool per query; None: `n` queries with a match, evenly spread
     k:int=10, # Number of images per ranked list; at most the size of the gallery
     size:float=.8, # Width of an image, inches
     n:int=4, # Number of queries, if `queries` is None
@@ -70,9 +70,7 @@ def plot_ranked(
     "Plot queries and their nearest gallery images: matches with ✓ and a green frame, others with ✗ and a red frame"
     if n<1: raise ValueError(f'n={n}: at least one query is needed.')
     has,k = res.n_matches.nonzero()[0],min(k, len(res.g_pids))
-    queries = np.array(ifnone(queries, has[np.linspace(0, len(has)-1, min(n, len(has))).astype(int)]), ndmin=1)
-    if len(bad := queries[(queries<0)|(queries>=len(res))]):
-        raise ValueError(f'queries={bad.tolist()}: there are {len(res)} queries, counted from 0.')
+    queries = res.query_rows(ifnone(queries, has[np.linspace(0, len(has)-1, min(n, len(has))).astype(int)])).numpy()
     q_img,g_img = _getter(q_imgs, len(res), 'q_imgs'),_getter(g_imgs, len(res.g_pids), 'g_imgs')
     (idxs,dists),ap = res.topk(k, queries),res.ap
     who = partial(_who, pid_names=pid_names, camid_names=camid_names)

@@ -1,5 +1,6 @@
 "The data modules: what is dull to read in a notebook. Every dataset here is made by the test itself, in the naming of the real ones."
-import pickle, warnings
+import os, pickle, warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -194,6 +195,7 @@ def test_bad_tables(tmp_path):
     refused(df.assign(path=['gone.jpg',*df.path[1:]]), '1 of 19 images do not exist, such as .*gone.jpg')
     refused(pd.concat([df, df[:1]]), 'is listed twice in split')
     refused(pd.concat([df, df[:1].assign(pid='other')]), 'is listed with 2 identities')
+    refused(pd.concat([df, df[:1].assign(split='gallery', camid=7)]) if 'camid' in df else pd.concat([df, df[:1].assign(split='gallery')]).assign(camid=[1]*len(df)+[7]), 'is listed with 2 cameras')
     refused(df.assign(split='val'), "contains \\['val'\\]")
     table.write_text('')
     with pytest.raises(ValueError, match='cannot be read as a table'): read_dataset(table)
@@ -218,6 +220,75 @@ def test_held_out_without_cameras(tmp_path):
     held = hold_out(read_dataset(make_own(tmp_path/'own')), .5)
     assert held.query.pid.is_unique and len(held.query)==2 and held.gallery.groupby('pid').size().tolist()==[3,3]
     assert not set(held.query.path)&set(held.gallery.path) and not held.has_cameras
+
+def test_identity_0_and_single_images_when_holding_out():
+    "Training may have an identity 0, which stays; a query needs a second image of its camera"
+    from reid_fastai.core import ReIDSplits
+    from reid_fastai.data.holdout import hold_out
+    rows = [(f'{p}-{c}-{i}.jpg', p, c, 'train') for p in range(6) for c in (1,2) for i in range(2)]
+    table = lambda rows: ReIDSplits(pd.DataFrame(rows+[('q.jpg', 9, 1, 'query'), ('g.jpg', 9, 2, 'gallery')], columns=['path','pid','camid','split']))
+    for seed in range(4):
+        held = hold_out(table(rows), .5, seed)
+        assert 0 in set(held.train.pid) and held.train.pid.nunique()==held.query.pid.nunique()==3
+    with pytest.raises(ValueError, match='no held-out identity has two images from one camera'): hold_out(table([o for o in rows if o[0].endswith('-0.jpg')]), .5)
+
+def test_links_that_lead_up_are_not_followed(tmp_path):
+    from reid_fastai.cli_search import list_images
+    touch(tmp_path/'photos', 'a.jpg', 'more/b.jpg')
+    for o in ('here','more/up'): (tmp_path/'photos'/o).symlink_to(tmp_path/'photos')
+    (tmp_path/'photos'/'other').symlink_to(tmp_path/'photos'/'more')
+    files = list_images([tmp_path/'photos', tmp_path/'photos'/'a.jpg'])
+    assert sorted(Path(o).name for o in files)==['a.jpg','b.jpg']
+
+@pytest.mark.skipif(os.getuid()==0, reason='root can read every folder') if hasattr(os, 'getuid') else pytest.mark.skip
+def test_an_unreadable_folder_is_named(tmp_path):
+    from reid_fastai.cli_search import list_images
+    touch(tmp_path, 'a/a.jpg', 'b/b.jpg')
+    (tmp_path/'b').chmod(0)
+    try:
+        with pytest.raises(ValueError, match='/b cannot be read: Permission denied'): list_images([tmp_path])
+    finally: (tmp_path/'b').chmod(0o755)
+
+def test_free_memory_of_a_container(tmp_path, monkeypatch):
+    "Its limit without what it uses; the cache of files can be freed"
+    import reid_fastai.core as core
+    group = {'max': '8000000', 'current': '6000000', 'stat': 'anon 5\nslab_inactive_file 1\ninactive_file 1000000\n'}
+    class Fake(type(Path())):
+        def read_text(self, *args): return group[self.name.split('.')[1]] if 'cgroup' in str(self) else super().read_text(*args)
+    monkeypatch.setattr(core, 'Path', Fake)
+    monkeypatch.setattr(core.os.path, 'exists', lambda o: True)
+    assert core.free_memory()==3_000_000
+    group['current'] = '9999999'
+    assert core.free_memory()==0
+    group['max'] = 'max'
+    assert core.free_memory()>10**8
+
+def test_one_image_for_a_test_loader(market):
+    dls = make_dls(market)
+    file = str(dls.splits.root/dls.test_df.path[0])
+    want = dls.test_dl([file]).one_batch()[0]
+    for o in (file, Path(file), Image.open(file), np.array(Image.open(file).convert('RGB'))): assert torch.equal(dls.test_dl(o).one_batch()[0], want)
+
+def test_the_gpu_of_a_started_process(monkeypatch):
+    gpu = torch.device('cuda', 0)
+    monkeypatch.setattr(block, 'default_device', lambda: gpu)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    assert block._own_gpu(None) is None
+    monkeypatch.setenv('LOCAL_RANK', '3')
+    assert block._own_gpu(None)==torch.device('cuda', 3) and block._own_gpu(gpu) is gpu and block._own_gpu('cpu')=='cpu'
+    monkeypatch.setattr(block, 'default_device', lambda: torch.device('cpu'))
+    assert block._own_gpu(None) is None
+
+@pytest.mark.skipif(os.name=='nt', reason='names are Unicode')
+def test_names_that_are_not_utf8(tmp_path):
+    "Tables cannot hold them"
+    from reid_fastai.cli_search import list_images
+    root = make_own(tmp_path/'own')
+    photo = next(root.rglob('train/*/*.jpg'))
+    try: os.rename(photo, os.fsencode(photo.parent)+b'/caf\xe9.jpg')
+    except OSError: pytest.skip('the file system refuses such names')
+    for f in read_dataset,lambda o: list_images([o]):
+        with pytest.raises(ValueError, match=r'caf.udce9.jpg.*: the name is not UTF-8. Rename the file'): f(root)
 
 def test_overlap_is_said(market):
     s = read_dataset(market)

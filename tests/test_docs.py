@@ -1,13 +1,5 @@
 "Builds the site and walks through it in headless Chromium, as a visitor would; a test fails on any console error or request to another host."
-import ast
-import html
-import importlib
-import os
-import pkgutil
-import re
-import runpy
-import subprocess
-import sys
+import ast, html, importlib, os, pkgutil, re, runpy, subprocess, sys
 from pathlib import Path
 from urllib.parse import unquote
 

@@ -228,13 +228,25 @@ def args(**kw): return {**dict(q_feats=np.eye(3), q_pids=[1,2,3], q_camids=[0]*3
     (dict(q_feats=np.zeros((0,3)), q_pids=[], q_camids=[]), 'query is empty'),
     (dict(g_pids=[4,5,6]), 'No query has a match'),
     (dict(g_camids=[0]*3), 'from another camera'), (dict(metric='l2'), "metric='l2'"), (dict(chunk_size=0), 'chunk_size=0'),
-    (dict(q_pids=[1,2,.5]), 'integers or strings'),
+    (dict(q_pids=[1,2,.5]), 'integers or strings'), (dict(q_pids=np.array(['a',2,3], dtype=object)), 'q_pids: labels of several types'),
     (dict(q_feats=np.ones(3)), 'images, numbers per image'), (dict(q_feats=np.zeros((3,0)), g_feats=np.zeros((3,0))), 'images, numbers per image'),
     (dict(q_pids=['a','b','c']), 'both must be integers or both strings'),
     (dict(q_feats=1e20*np.eye(3, dtype=np.float32), g_feats=np.eye(3, dtype=np.float32), metric='euclidean'), 'overflows'),
 ], ids=str)
 def test_errors(kw, msg):
     with pytest.raises(ValueError, match=msg): build(**args(**kw))
+
+def test_chosen_queries():
+    "By index, or one bool per query"
+    res = build(**args())
+    idxs = res.topk(2).idxs
+    assert torch.equal(res.topk(2, [2,0]).idxs, idxs[[2,0]]) and torch.equal(res.topk(2, np.array([True,False,True])).idxs, idxs[[0,2]])
+    for bad,words in (([], 'none is chosen'), ([False]*3, 'none is chosen'), ([True], '1 bools for 3'), ([0,3], r'queries=\[3\]: there are 3'), ([-1], r'\[-1\]')):
+        with pytest.raises(ValueError, match=words): res.topk(2, bad)
+
+def test_large_whole_numbers_stay_apart():
+    a,b = 2**60,2**60+1
+    assert build(**args(q_pids=np.array([a,b,a], dtype=object), g_pids=np.array([a,b,b], dtype=object))).n_matches.tolist()==[1,2,1]
 
 @pytest.mark.parametrize('f', ['cmc','topk'])
 def test_k(f):

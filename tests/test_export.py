@@ -18,7 +18,7 @@ from reid_fastai.cli import reid_eval
 from reid_fastai.cli_export import reid_export
 from reid_fastai.data.block import read_image
 from reid_fastai.data.synthetic import make_synthetic
-from reid_fastai.export import load_embedder, read_meta, save_model
+from reid_fastai.export import load_embedder, load_model, read_meta, save_model
 from reid_fastai.models import build_reid_net
 from reid_fastai.portable import PIXELS, SUFFIXES, Portable, PortableNet, export_net, read_portable, to_pixels
 
@@ -163,6 +163,11 @@ def test_a_network_that_is_exported_wrongly_is_refused(fault, fmt, words, net, i
     before = path.read_bytes()
     with pytest.raises(ValueError): export_net(net, path, images, fmt)
     assert path.read_bytes()==before and len(list(tmp_path.iterdir()))==1
+
+def test_a_model_of_narrow_images(tmp_path):
+    "Only networks of one size are built for a size"
+    net = trained('test_resnet')
+    assert load_model(save_model(net, tmp_path/'m.safetensors', (64,24)))(torch.rand(1, 3, 64, 24)).shape==(1,net.n_features)
 
 def test_wrong_pixels_would_be_seen(net, images, tmp_path, monkeypatch):
     "The comparison prepares images apart from the network: one that reads them as BGR differs"

@@ -24,6 +24,15 @@ def test_bytes_lie_on_the_gpu():
     for a,b in zip(dls.valid, cpu.valid, strict=True): assert a[0].is_cuda and torch.equal(a[0].cpu(), b[0]) and torch.equal(a[1].cpu(), b[1])
     assert not dls.valid_ds[0][0].is_cuda
 
+def test_before_the_first_fit(tmp_path):
+    "The network is on the GPU at once: for embedding, and for the moments that `load` creates"
+    learn = fit(gpu_learner(cbs=AdaptiveL2(), path=tmp_path))
+    learn.save('m')
+    other = gpu_learner(cbs=AdaptiveL2(), path=tmp_path)
+    assert next(other.model.parameters()).is_cuda
+    other.retrieval(); other.plot_activations(n=1)
+    fit(other.load('m'))
+
 @pytest.mark.parametrize('how', ['fp32','bf16','fp16'])
 def test_training(how):
     if not supports_precision(how, 'cuda'): pytest.skip(f'no {how}')

@@ -104,9 +104,12 @@ class DistributedDL:
 def test_features_that_were_not_computed_are_never_averaged(dls):
     valid,n = dls.valid.new(bs=5),len(dls.test_df)
     whole = extract_features(Mean(), valid)
-    for dl in (Stops(valid, 2), valid.new(drop_last=True, bs=n-1), dls.train):
+    for dl in (Stops(valid, 2), valid.new(drop_last=True, bs=n-1)):
         with pytest.raises(ValueError, match='rows of features came for'): extract_features(Mean(), dl)
     with pytest.raises(ValueError, match=f'10 rows of features came for {n} images'): search(whole[:10], dls.test_df)
+    for dl in (dls.train, valid.new(shuffle=True), torch.utils.data.DataLoader(dls.valid_ds, shuffle=True)):
+        with pytest.raises(ValueError, match='random order'): extract_features(Mean(), dl)
+    with pytest.raises(ValueError, match="rows of split 'train', which would join the gallery"): search(whole, dls.test_df.assign(split=['train',*dls.test_df.split[1:]]))
     with pytest.raises(ValueError, match='no images'): extract_features(Mean(), [])
     assert torch.equal(extract_features(Mean(), list(valid)), whole), 'a loader that does not say how many it has'
     assert torch.equal(extract_features(Mean(), DistributedDL(valid)), whole)
@@ -114,6 +117,9 @@ def test_features_that_were_not_computed_are_never_averaged(dls):
     learn.dls = dls.__class__(dls.train, Stops(valid, 1))
     learn.dls.test_df = dls.test_df
     with pytest.raises(ValueError, match='rows of features came for'): learn.retrieval()
+
+def test_a_foreign_network_is_refused(dls):
+    with pytest.raises(ValueError, match='is a Linear; a Re-ID learner needs a `ReIDNet`'): reid_learner(dls, nn.Linear(2, 2))
 
 def test_unwrapped_in_the_learner(dls, tmp_path):
     "A compiled learner is trained, evaluated and saved as the model inside"

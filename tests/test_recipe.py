@@ -148,6 +148,11 @@ def test_erasing_after_an_interrupted_fit():
     with learn.no_bar(), learn.no_logging(), pytest.raises(KeyboardInterrupt): learn.fit(2, 1e-3, cbs=[ErasingFrom(1), Stop()])
     assert erase.p==p>0
 
+def test_copies_of_options():
+    cfg = RunConfig(recipe='laptop')
+    assert cfg.but(epochs=10).first_epochs==7 and cfg.but(first_epochs=20).but(epochs=40).first_epochs==20 and cfg.but(seed=1).first_epochs==cfg.first_epochs
+    with pytest.raises(ValueError, match='recipe=paper: these options have the defaults of recipe=laptop'): cfg.but(recipe='paper')
+
 def test_one_epoch_has_one_size():
     with pytest.raises(ValueError, match='epochs=1: progressive resizing needs at least 2'): RunConfig(recipe='laptop', epochs=1)
     with pytest.raises(ValueError, match='epochs=ten: a whole number'): RunConfig(recipe='laptop', epochs='ten')
@@ -160,6 +165,11 @@ def test_laptop_recipe(splits):
     assert RunConfig(recipe='laptop', l2='rotation').strength is None and RunConfig(recipe='laptop', epochs=2).first_epochs==1
     assert RunConfig().first_size is None and RunConfig().first_epochs is None
     with pytest.raises(ValueError, match='built for 256×128'): runs.check_run(splits, RunConfig(recipe='laptop', arch='rga_sc_resnet50', pretrained='none', n_pids=4))
+
+def test_size_of_the_loaders_is_not_smaller():
+    from reid_fastai.test_utils import tiny_dls, tiny_learner
+    learn = tiny_learner(tiny_dls())
+    with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match='the first epochs need smaller ones'): learn.fit_progressive(2, 1e-3, learn.dls.size, 1)
 
 def test_first_epochs_see_small_images():
     "Whole images shrunk, with shifts of the same share; what evaluation sees keeps its size"

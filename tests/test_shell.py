@@ -1,12 +1,5 @@
 "How commands end: what they refuse, what they keep, and what they leave behind"
-import errno
-import io
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
+import errno, io, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 

@@ -15,6 +15,7 @@ from fastai.learner import Learner,ValueMetric
 from fastai.torch_core import no_random,to_device
 from fastcore.all import *
 from torch import nn
+from torch.utils.data import RandomSampler
 
 from ..core import PlainErrors,mean_of_mirrored,progress,ranks
 from ..distributed import join_parts,my_part
@@ -39,6 +40,8 @@ def extract_features(
 ) -> torch.Tensor: # (n, d) float32 on the CPU, in the order of `dl`
     "Embed all images of `dl`"
     dl,feats = _undivided(dl),[]
+    if getattr(dl, 'shuffle', False) or isinstance(getattr(dl, 'sampler', None), RandomSampler):
+        raise ValueError('The loader draws images in random order, so it would be unknown which image a row of features belongs to. `dls.test_dl(items)` makes one that gives each image once, in order.')
     device,training = next(model.parameters()).device,model.training
     model.eval()
     try:
@@ -82,6 +85,7 @@ def search(
 ) -> RetrievalResults: # Results with the ranks of all matches
     "Search the gallery for every query"
     _check_rows(len(feats), len(df))
+    if odd := set(df.split)-{'query','gallery'}: raise ValueError(f'The table has rows of split {sorted(odd, key=str)[0]!r}, which would join the gallery. Leave out all rows but those of query and gallery.')
     q = (df.split=='query').to_numpy()
     def part(o): return feats[torch.tensor(o)], df.pid.to_numpy()[o], df.camid.to_numpy()[o]
     return RetrievalResults.from_embeddings(*part(q), *part(~q), metric=metric)

@@ -60,7 +60,7 @@ class ProgressiveResize(PlainErrors, Callback):
 def _check(self:ProgressiveResize):
     "Raise `ValueError` if `size` exceeds that of the loaders' images, or if the network does not accept it"
     full = getattr(self.dls, 'size', None)
-    if full and not all(s<=f for s,f in zip(self.size, full)): raise ValueError(f'size={self.size}: the loaders have images of {full[0]}×{full[1]} px, and the first epochs need smaller ones.')
+    if full and (self.size==tuple(full) or any(s>f for s,f in zip(self.size, full))): raise ValueError(f'size={self.size}: the loaders have images of {full[0]}×{full[1]} px, and the first epochs need smaller ones.')
     net,device = self.learn.model,first(self.learn.model.parameters()).device
     was = net.training
     try:

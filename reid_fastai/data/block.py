@@ -21,12 +21,14 @@ from fastai.data.transforms import Categorize,Category,ColReader,IndexSplitter,I
 from fastai.torch_core import TensorCategory,TensorImage,default_device,num_distrib,to_detach
 from fastai.torch_basics import DisplayedTransform
 from fastcore.all import *
+from PIL import Image
 from torch.utils.data import get_worker_info
 
 from ..core import JUNK_PID,ReIDSplits,brief,check_int,check_protocol,free_memory,progress,ranks
 from .augment import reid_augs
 from .datasets import read_dataset,read_numbers
 from .image import read_image
+from ..distributed import local_rank
 from .sampler import PKSampler,batch_part
 
 # %% ../../nbs/08_data.block.ipynb #bc5d7c6a
@@ -266,6 +268,11 @@ def check_size(
 def _absolute(df, root): return df.assign(path=[str(o if root is None else Path(root)/o) for o in df.path])
 
 # %% ../../nbs/08_data.block.ipynb #4e30a532
+def _own_gpu(device):
+    "The GPU of this process, if a launcher started several processes and no device is named; else `device`"
+    if device is not None or 'LOCAL_RANK' not in os.environ or default_device().type!='cuda': return device
+    return torch.device('cuda', min(local_rank(), torch.cuda.device_count()-1))  # `distrib_ctx` reports that there are too few
+
 @patch(cls_method=True)
 def from_splits(cls:ReIDDataLoaders,
     splits:ReIDSplits, # Table of the images
@@ -291,6 +298,7 @@ def from_splits(cls:ReIDDataLoaders,
     df = _absolute(pd.concat([parts[0], test_df], ignore_index=True), splits.root)
     _check_memory('a batch of floats', max(sampler.bs, min(val_bs, len(test_df))), size, 12, 'or pass smaller batches by n_pids, n_imgs and val_bs')
     if in_memory: _check_memory('in_memory=True', len(df), size, 3, 'or leave `in_memory` out')
+    device = _own_gpu(device)
     gpu = torch.device('cpu') if num_workers else torch.device(ifnone(device, default_device()))  # loader processes do not see a GPU
     kept,at = (len(df),'cpu') if in_memory else (0,None) if in_memory is False else _place(len(parts[0]), len(df), size, gpu)
     mem = ImageMemory(df.path[:kept], size, device=at) if kept else None
@@ -329,7 +337,7 @@ def from_df(cls:ReIDDataLoaders,
 # %% ../../nbs/08_data.block.ipynb #d54defff
 @patch
 def test_dl(self:ReIDDataLoaders,
-    test_items:list|pd.DataFrame, # Files or images, or a table with `path` (relative to the root of `splits`)
+    test_items:list|str|Path|pd.DataFrame, # Files or images, a single one, or a table with `path` (relative to the root of `splits`)
     rm_type_tfms:int|None=None, # Ignored; accepted for compatibility with fastai
     with_labels:bool=False, # Whether batches contain `pid` and `camid` of the table
     **kwargs # Arguments of the loader, such as `bs`
@@ -337,7 +345,9 @@ def test_dl(self:ReIDDataLoaders,
     "Make a loader of new images"
     if isinstance(test_items, pd.DataFrame): test_items = _absolute(test_items.reset_index(drop=True), self.splits and self.splits.root)
     elif with_labels: raise ValueError(f'with_labels=True needs a DataFrame with `path`, `pid` and `camid`, not {type(test_items)}.')
-    else: test_items = L(str(o) if isinstance(o, Path) else o for o in test_items)
+    else:
+        if isinstance(test_items, (str,Path,bytes,Image.Image)) or isinstance(test_items, np.ndarray) and test_items.ndim<4: test_items = [test_items]
+        test_items = L(str(o) if isinstance(o, Path) else o for o in test_items)
     ds = test_set(self.valid_ds, test_items, rm_tfms=0, with_labels=with_labels)
     ds.n_inp = 1
     return self.valid.new(ds, **kwargs)

@@ -87,7 +87,9 @@ def __call__(self:ReIDLayout,
 ) -> ReIDSplits: # Table with paths relative to the root
     "Read the dataset in `path`"
     root = self.find(path)
-    with _reading(root): df = pd.DataFrame(list(self._rows(root)), columns=self.columns)
+    with _reading(root): rows = list(self._rows(root))
+    _check_names(str(o[0]) for o in rows)
+    df = pd.DataFrame(rows, columns=self.columns)
     if empty := [o for o in ('train','query','gallery') if o not in set(df.split)]: raise ValueError(f'{brief(root)}: no images for {empty}.')
     res = ReIDSplits(df, str(root), root)
     res.name = self.name
@@ -191,11 +193,21 @@ MSMT17 = ListLayout('MSMT17', dict(train=['list_train.txt','list_val.txt'], quer
     {'MSMT17': dict(train=(32_621, 1_041, 15, 0, 0), query=(11_659, 3_060, 15, 0, 0), gallery=(82_161, 3_060, 15, 0, 0))})
 
 # %% ../../nbs/04_data.datasets.ipynb #64d33b34
+def _check_names(files):
+    "Raise `ValueError` for names that are not UTF-8: no table can hold them"
+    for o in files:
+        try: o.encode()
+        except UnicodeEncodeError: raise ValueError(f'{ascii(o)}: the name is not UTF-8. Rename the file.') from None
+
+def _leads_up(p, o):
+    "Whether `o` in folder `p` is a link to that folder or to one above it"
+    return os.path.islink(o := os.path.join(p, o)) and f'{os.path.realpath(p)}/'.startswith(f'{os.path.realpath(o)}/')
+
 def _images_below(d):
-    "Image files below folder `d`; unlike in fastai's `get_image_files`, an unreadable folder raises an error"
+    "Image files below folder `d`; unlike in fastai's `get_image_files`, an unreadable folder raises an error, and links that lead up are not followed"
     def stop(e): raise e
     for p,ds,fs in os.walk(d, followlinks=True, onerror=stop):
-        ds[:] = [o for o in ds if not o.startswith('.')]
+        ds[:] = [o for o in ds if not o.startswith('.') and not _leads_up(p, o)]
         yield from (Path(p)/o for o in fs if not o.startswith('.') and os.path.splitext(o)[1].lower() in image_extensions)
 
 class PidFolders(ReIDLayout):

@@ -17,15 +17,16 @@ def hold_out(
     distractors:float=0. # Share of the images of each remaining training identity, in [0, 1), that join the gallery as distractors instead of being used for training
 ) -> ReIDSplits: # Held-out identities as `query` and `gallery`, all other identities as `train`
     "Hold out some training identities for evaluation, so that settings can be chosen without the test set"
-    df = splits.train[lambda o: o.pid>DISTRACTOR_PID]
+    df = splits.train[lambda o: o.pid!=JUNK_PID]
     n_cams = df.groupby('pid').camid.nunique()
-    pids,n = n_cams.index[n_cams>1],round(share*len(n_cams))
+    pids,n = n_cams.index[(n_cams>1) & (n_cams.index!=DISTRACTOR_PID)],round(share*len(n_cams))  # a query must not have the number of distractors
     if not 0<n<=len(pids):
         raise ValueError(f'{splits.name}: share={share:g} of {len(n_cams)} training identities holds out {n}. It must hold out at least 1 and at most {len(pids)}, the number of identities seen by two or more cameras.')
     rng = np.random.default_rng(seed)
     held = df.pid.isin(rng.choice(pids, n, replace=False))
     shuffled = df[held].assign(camid=df.camid.clip(lower=-1)).iloc[rng.permutation(held.sum())]  # if cameras are unknown: one query per identity
     queries = shuffled[shuffled.duplicated(['pid','camid'])].drop_duplicates(['pid','camid']).index  # a camera's only image stays in the gallery
+    if not len(queries): raise ValueError(f'{splits.name}: no held-out identity has two images from one camera, one for the query and one for the gallery. Leave the share of held-out identities out.')
     split = np.where(df.index.isin(queries), 'query', np.where(held, 'gallery', 'train'))
     if distractors:
         rest = df[~held].iloc[rng.permutation((~held).sum())]

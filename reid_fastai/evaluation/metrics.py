@@ -8,6 +8,7 @@ __all__ = ['count_ranks', 'RetrievalResults']
 # %% ../../nbs/10_evaluation.metrics.ipynb #c02f2009
 import warnings
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,10 @@ def _labels(x, n, name):
     "`x` as an array of `n` integers or strings"
     x = x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
     if x.shape!=(n,): raise ValueError(f'{name}: shape {x.shape} for {n} rows of features; needed one label per row, ({n},).')
-    if x.dtype.kind=='O': x = x.astype(str) if all(isinstance(o, str) for o in x) else x.astype(float)
+    if x.dtype.kind=='O':
+        kind = str if all(isinstance(o, str) for o in x) else np.int64 if all(isinstance(o, Integral) for o in x) else float
+        try: x = x.astype(kind)
+        except (ValueError, TypeError): raise ValueError(f'{name}: labels of several types; labels are integers or strings.') from None
     if x.dtype.kind=='f' and (x==x.round()).all(): x = x.astype(np.int64)
     if x.dtype.kind not in 'iuU': raise ValueError(f'{name}: dtype {x.dtype}; labels are integers or strings.')
     return x if x.dtype.kind=='U' else x.astype(np.int64)
@@ -297,13 +301,26 @@ def per_query(self:RetrievalResults
 
 # %% ../../nbs/10_evaluation.metrics.ipynb #8b861928
 @patch
+def query_rows(self:RetrievalResults,
+    queries:list|np.ndarray|Tensor # Indices of queries, or one bool per query
+) -> Tensor: # (n,) long, indices
+    "Check indices of queries; `ValueError` if there are none, or if one is out of range"
+    q = torch.as_tensor(queries).flatten()
+    if q.dtype==torch.bool:
+        if len(q)!=len(self): raise ValueError(f'queries: {len(q)} bools for {len(self)} queries. Pass one for each query, or indices.')
+        q = q.nonzero()[:,0]
+    if not len(q): raise ValueError('queries: none is chosen. Name at least one.')
+    if len(bad := q[(q<0)|(q>=len(self))]): raise ValueError(f'queries={bad.tolist()}: there are {len(self)} queries, counted from 0.')
+    return q.long()
+
+@patch
 def topk(self:RetrievalResults,
     k:int=10, # Number of images per query
-    queries:list|Tensor|None=None # Indices of queries; None: all
+    queries:list|Tensor|None=None # Indices of queries, or one bool per query; None: all
 ) -> TopK: # `idxs` (n, k) long, indices in the whole gallery; `dists` (n, k). Padded with -1 and infinity if there are fewer images
     "The nearest `k` gallery images of each query, without ignored images"
     if k<1: raise ValueError(f'k={k}: needed at least 1.')
-    if queries is not None: queries = torch.as_tensor(queries, device=self.dists.q.device).long()
+    if queries is not None: queries = self.query_rows(queries).to(self.dists.q.device)
     res,g_idxs = [],torch.as_tensor(self.g_idxs)
     for rows,keys,*_ in self._keys(queries):
         v,i = topk_keys(keys, min(k, len(g_idxs)))
