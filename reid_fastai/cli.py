@@ -69,8 +69,8 @@ def _resumed(run, chosen):
     cfg = read_config(run)
     if odd := sorted(k for k,v in chosen.items() if v!=signature(RunConfig).parameters[k].default):
         names = ", ".join(f"--{o.replace('_', '-')}" for o in odd if o!='data') or 'DATA'
-        if read_results(run): raise ValueError(f'{names}: {run} is complete, and so is its schedule of learning rates. To train on, start a new run from its weights: reid-train DATA --pretrained {Path(run)/"model.safetensors"}.')
-        raise ValueError(f'{names}: an interrupted run goes on with the options of {run}/config.json. Leave them out.')
+        if read_results(run): raise ValueError(f'{names}: {run} is complete, and its learning rate schedule has ended. To continue training, start a new run from its weights: reid-train DATA --pretrained {Path(run)/"model.safetensors"}.')
+        raise ValueError(f'{names}: an interrupted run is resumed with the options of {run}/config.json. Leave them out.')
     return cfg
 
 # %% ../nbs/21_cli.ipynb #c11e0000
@@ -95,7 +95,7 @@ def reid_train(
     check_device(device)
     check_workers(workers)
     if resume:
-        if out: raise ValueError(f'--out {out}: an interrupted run goes on in its folder, {resume}. Leave `--out` out.')
+        if out: raise ValueError(f'--out {out}: an interrupted run is resumed in its folder, {resume}. Leave `--out` out.')
         cfg,out = _resumed(resume, dict(kwargs, data=data)),Path(resume)
     else:
         cfg = RunConfig(data, **kwargs)
@@ -218,7 +218,7 @@ def _strengths(texts):
 def reid_compare(
     data:str='synthetic', # 'synthetic', the folder of a dataset, or a CSV file with columns path, pid, split and, if known, camid
     out:str=None, # Folder of the comparison, new or to be continued; default: a folder in runs/, named after data and backbone
-    arms:Annotated[str, {'nargs':'+'}, "Regularisers to compare"]=ARMS,
+    arms:Annotated[str, {'nargs':'+'}, "Regularisers to compare: none, conventional, adaptive, annealed, rotation, auto, decoupled, cautious, cpr, l2sp, awd, lamb"]=ARMS,
     archs:Annotated[str, {'nargs':'+'}, "Several networks; each has its own comparison, and one table shows all"]=None,
     seeds:int=3, # Number of runs per arm, each with another seed
     seed:int=42, # First seed
@@ -264,7 +264,7 @@ def _paper_table(table, root, out, quiet, fixed, options):
     fixed |= {k: options.pop(k) for k in ('arch','recipe','rerank') if k in options}
     plain,defaults = (lambda o: list(o) if is_listy(o) else o),signature(reid_compare).parameters
     odd = sorted(k for k,v in fixed.items() if plain(v)!=plain(defaults[k].default))
-    if odd: raise ValueError(f'{", ".join(odd)}: the table determines it. Leave it out.')
+    if odd: raise ValueError(f'{", ".join("--"+o.replace("_", "-") for o in odd)}: determined by the paper\'s table. Leave it out.')
     with _quietly(quiet):
         res = paper_table(out, root, **options)
         print(f'\n{markdown_table(res)}\n\nFolder: {out}')

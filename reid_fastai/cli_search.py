@@ -51,7 +51,7 @@ def _images(paths, boxes):
     if not boxes:
         if not paths: raise ValueError('No images are named. Name files or a folder, or a table: --boxes CSV.')
         return list_images(paths),{}
-    if len(paths)>1 or paths and not os.path.isdir(paths[0]): raise ValueError(f'{brief(" ".join(map(str, paths)), 80)}: beside --boxes name one folder, that of the paths in the table, or none for the folder of the table itself.')
+    if len(paths)>1 or paths and not os.path.isdir(paths[0]): raise ValueError(f'{brief(" ".join(map(str, paths)), 80)}: with --boxes, name at most one folder: the one that the paths in the table are relative to. Without it, they are relative to the folder of the table.')
     cols = read_boxes(boxes, first(paths))
     seen = {}
     files = [seen.setdefault(o, o) for o in cols['path']]  # one object per file, so that each file is opened once
@@ -62,7 +62,7 @@ def _images(paths, boxes):
 @command(pos=['images'])
 def reid_embed(
     model:str, # Run folder of `reid-train`, or a model file
-    images:Annotated[str, {'nargs':'*'}, "Image files, and folders of images; no labels are needed"]=None,
+    images:Annotated[str, {'nargs':'*'}, "Image files, and folders of images; no labels are needed. With --boxes at most one folder: the one that the paths of the table are relative to"]=None,
     out:str=None, # Gallery to create, or to add to; required
     boxes:str=None, # CSV file of boxes with columns path, x1, y1, x2, y2 and, if known, time, camid, pid
     append:bool=False, # Add to the existing gallery `out`

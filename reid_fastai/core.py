@@ -234,7 +234,7 @@ def progress(
 # %% ../nbs/00_core.ipynb #d70ff566
 def free_memory(
     ) -> int|None: # Bytes; None if unknown
-    "Free memory, at most the memory limit of the container"
+    "Free memory of the machine, or what is left of the container's memory limit if that is less"
     def f(path, pattern): return int(m[1]) if os.path.exists(path) and (m := re.search(pattern, Path(path).read_text())) else None
     kb,group = f('/proc/meminfo', r'MemAvailable:\s+(\d+)'),'/sys/fs/cgroup/memory'
     limit,used,cache = f(f'{group}.max', r'(\d+)'),f(f'{group}.current', r'(\d+)'),f(f'{group}.stat', r'\binactive_file (\d+)')  # the cache of files can be freed

@@ -216,9 +216,9 @@ def _found(self:Gallery, ids, dists):
 @patch
 def search(self:Gallery,
     images:list|str|Path|torch.Tensor, # Photos: a list of paths, arrays or PIL images, or a single one; or a tensor (n, d) of embeddings
-    k:int=10, # Number of images to find per photo
+    k:int=10, # Number of images to find per photo; fewer if fewer images satisfy `where`
     where:str=None, # Condition in SQL on the columns, such as "camid != 3 and time > 60"; None: all images
-    exact:bool=True, # Whether to compare with every image; if False, the index is used
+    exact:bool=True, # Whether to compare with every image; False: use the index that `index` builds, `ValueError` if there is none
     pid:list|str|int|None=None # Identities in the photos, if known: one per photo, or one for all
 ) -> SearchResults: # The found images of each photo, nearest first
     "Find the nearest images of each photo"
@@ -231,7 +231,7 @@ def search(self:Gallery,
     check_int('k', k, 1)
     if k>n: raise ValueError(f'k={k}: {brief(self.path, 120)} has {n} images. {"Add images first." if n==0 else f"Choose k from 1 to {n}."}')
     ids = None if where is None else self._rows(where)
-    if where is not None and not len(ids): raise ValueError(f'where={brief(where, 120)!r}: none of the {n} images passes.')
+    if where is not None and not len(ids): raise ValueError(f'where={brief(where, 120)!r}: none of the {n} images satisfies this condition.')
     q,thumbs = self._embed(images)
     k,among = (k,f'{n} images') if where is None else (min(k, len(ids)),f'{len(ids)} of {n} images ({brief(where, 120)})')
     if exact:
@@ -261,7 +261,7 @@ def restore(self:Gallery,
 def index(self:Gallery
     ) -> Gallery: # The same gallery
     "Build or rebuild the index for `search(exact=False)`"
-    if (n := len(self))<2: raise ValueError(f'{brief(self.path, 120)} has {n} images, and an index needs some. Add images first.')
+    if (n := len(self))<2: raise ValueError(f'{brief(self.path, 120)} has {n} images, and an index needs at least 2. Add images first.')
     _lancedb()
     from lancedb.index import HnswSq
     with _database(self.path, 'indexed'):

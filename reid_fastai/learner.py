@@ -72,8 +72,8 @@ def distrib_ctx(self:ReIDLearner,
 @delegates(Learner.__init__, but=['dls','model','loss_func','opt_func','splitter','cbs'])
 def reid_learner(
     dls:DataLoaders, # Loaders of batches `(x, pid, camid)`, x in [0, 1], such as `ReIDDataLoaders`
-    arch:str|Callable|nn.Module='resnet50', # Name or function of a timm or torchvision backbone, or a network of `build_reid_net`
-    regions:int=2, # Number of horizontal strips with a branch each, 2 in the paper; 0 for the global branch only
+    arch:str|Callable|nn.Module='resnet50', # Name or function of a timm or torchvision backbone, name of a published network such as 'osnet_x1_0', or a network of `build_reid_net`
+    regions:int=2, # Number of horizontal strips with a branch each, 2 in the paper; 0 for the global branch only; ignored by published networks and by a given network
     pretrained:bool|str=True, # Backbone weights: True for ImageNet weights, False for random ones, or a file
     # Training
     loss_func:Callable|None=None, # Function of (output, pid, camid); `ReIDLoss()` if None

@@ -201,7 +201,7 @@ def export_net(
         diff,cos = _difference(_runner(data, format), m, images)
     if not diff<=_tol: raise ValueError(f'{path} is not written: embeddings of {m.net.arch} as {format} differ from those of PyTorch by {diff:.2g}; at most {_tol:g} is allowed. Try another format.')
     if int8:
-        with _exporting(f'{m.net.arch} cannot be given 8 bits', 'Leave int8 out.'):
+        with _exporting(f'{m.net.arch} cannot be quantised to 8 bits', 'Leave int8 out.'):
             data = _to_int8(data, [to_pixels(o, pixels) for o in images.split(16)])
             diff,cos = _difference(_runner(data, format), m, images)
         if not cos>=.9: raise ValueError(f'{path} is not written: with 8 bits, the cosine between embeddings of {m.net.arch} and those of PyTorch is {cos:.2f}; at least 0.9 is needed. Leave int8 out.')

@@ -105,7 +105,7 @@ def test_verify_stores_thresholds_with_the_model(run, tmp_path, shell):
     assert {o.name for o in (tmp_path/'out').iterdir()}=={'evaluation.json','ranked.png','verification.json','verification.csv','verification.png'}
     assert shell('reid-eval', own, '--out', tmp_path/'out').returncode==0
 
-@pytest.mark.parametrize('args,words', [(['--verify','--far','2'], 'between 0 and 1'), (['--far','.02'], 'only with `--verify`'), (['--verify','--far','.02','1e-9'], 'are too few for it')])
+@pytest.mark.parametrize('args,words', [(['--verify','--far','2'], 'between 0 and 1'), (['--far','.02'], 'only with `--verify`'), (['--verify','--far','.02','1e-9'], 'are too few for this rate')])
 def test_far_that_cannot_be_measured(args, words, run, tmp_path, shell):
     res = shell('reid-eval', run, *args, '--out', tmp_path/'out')
     assert res.returncode==2 and words in res.err and not (tmp_path/'out').exists(), res.err
@@ -237,7 +237,7 @@ def test_table_of_the_paper_says_what_is_missing(tmp_path, shell):
     assert res.returncode==0 and res.out.count('skipped: ')==15 and '87.2 / 94.6' in res.out
     assert shell('reid-compare', '--table', 'paper').returncode==2
     res = shell('reid-compare', '--table', 'paper', '--root', tmp_path, '--out', tmp_path/'t', '--seeds', '5', '--arms', 'none')
-    assert res.returncode==2 and 'arms, seeds: the table determines it' in res.err
+    assert res.returncode==2 and "--arms, --seeds: determined by the paper's table" in res.err
 
 def test_table_of_the_paper_trains_where_it_is_told(monkeypatch, tmp_path, data):
     from reid_fastai import tables

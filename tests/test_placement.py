@@ -24,7 +24,7 @@ def test_processes_on_one_machine_share_its_memory(monkeypatch):
     monkeypatch.setattr(block, 'free_memory', lambda: 64*GB)
     assert block._place(32_621, 126_441, (384,128), cpu)==(126_441,'cpu')
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
-    with pytest.warns(UserWarning, match='need 18.6 GB, and 16.0 GB are free for each of 4 processes: training images'):
+    with pytest.warns(UserWarning, match='need 18.6 GB; images may use half of the 16.0 GB that are free for each of 4 processes: training images'):
         assert block._place(32_621, 126_441, (384,128), cpu)==(32_621,'cpu')
     with pytest.raises(ValueError, match='takes 18.6 GB, and 16 GB are free for each of 4 processes. Images of about'): block._check_memory('in_memory=True', 126_441, (384,128), 3, 'or not')
     monkeypatch.setattr(block, '_free_on', lambda d: 80*GB)

@@ -152,7 +152,7 @@ def l2_callback(
 ) -> ArrayHistory: # The regulariser callback, else another `ArrayHistory`
     "The callback of `learn` that records the arrays; `ValueError` if there is none"
     if cb := find_l2(learn): return cb
-    raise ValueError('The learner has no L2 callback. Add one with `cbs=AdaptiveL2()` or `learn.add_cb(AdaptiveL2())` and call `fit`.')
+    raise ValueError('The learner has no callback that records its arrays. Add `AdaptiveL2()`, or `ArrayHistory()` to record without a penalty, with `cbs=` or `learn.add_cb`, and call `fit`.')
 
 @patch
 @delegates(plot_lambda_hist, but=['history','amplitude'])

@@ -158,7 +158,7 @@ class _ThetaLast:
 _default_wd = 0.01  # default of fastai's optimizers and of PyTorch's AdamW
 
 def _refuse_wd(wd):
-    raise ValueError(f'Weight decay {wd} was chosen together with an L2 penalty. Decay would also pull θ to 0 and every λ to A/2. '
+    raise ValueError(f'Weight decay {wd} was chosen together with an L2 penalty. The weights would be decayed twice; with adaptive L2, decay would also pull θ to 0 and every λ to A/2. '
                      'Leave `wd` out or set it to 0 (`learn.opt.set_hypers(wd=0.)` for an existing optimizer). For constant L2 use `ConventionalL2`; its factor is half of a coupled decay.')
 
 def _bound_wd(opt_func):

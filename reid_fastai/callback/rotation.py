@@ -25,7 +25,7 @@ class RotationControl(ArrayHistory):
     order,turns = 100,True  # after the callbacks that clip gradients or skip steps
     names,_olds = None,None  # names: of the arrays to turn, None until they are found; _olds: copies of those arrays before a step
     def __init__(self,
-        lam:float=.01, # λ > 0, which sets the angle
+        lam:float=.01, # λ > 0 of 'sqrt' and 'linear'; not used if `angle` is a function
         angle:str|Callable='sqrt', # 'sqrt' for √(2ηλ) radians per step, 'linear' for ηλ, or a function of the fraction of the fit done, such as `SchedCos(.01, 0)`
         per_channel:bool=False, # Whether each output channel turns by that angle, instead of the whole array
         keep:str='both', # What the callback controls: 'angle', 'norm' or 'both'

@@ -81,7 +81,7 @@ def _place(n_train, n, size, device):
         at = device if k*need<=_free_on(device)/4 else 'cpu' if k*need<=free/2 else None  # the network needs the rest of the GPU
         if at is not None: break
     else: k = 0
-    if k<n: warnings.warn(f'{n} images of {size[0]}×{size[1]} need {n*need/1e9:.1f} GB, and {free/1e9:.1f} GB are free{_each()}: '
+    if k<n: warnings.warn(f'{n} images of {size[0]}×{size[1]} need {n*need/1e9:.1f} GB; images may use half of the {free/1e9:.1f} GB that are free{_each()}: '
                           +('training images are kept in memory, and the others are decoded at each evaluation. ' if k else 'images are decoded for every batch, which is slower. ')
                           +'Pass a smaller `size`, or `in_memory=True` to keep all images.')
     return k,at
@@ -250,7 +250,7 @@ def decode_batch(self:ReIDDL,
 
 # %% ../../nbs/08_data.block.ipynb #0745ca7f
 class ReIDDataLoaders(DataLoaders):
-    "Training and test loaders of a Re-ID dataset, with batches `(x, pid, camid)`"
+    "Training and test loaders of a Re-ID dataset, with batches `(x, pid, camid)`: x (b, 3, h, w) float in [0, 1], pid (b,) positions in `vocab`, camid (b,) cameras"
     splits = None   # the `ReIDSplits` of the loaders; None after `load_learner`
     test_df = None  # (path, pid, camid, split) of the images in `valid`, in order
     @property
@@ -279,11 +279,11 @@ def from_splits(cls:ReIDDataLoaders,
     size:tuple=(256,128), # (height, width) of the images, px
     n_pids:int=16, # Identities per training batch
     n_imgs:int=4, # Images per identity in a training batch
-    steps:int|None=None, # Training batches per epoch; None: number of training images divided by the batch size
+    steps:int|None=None, # Training batches per epoch; None: images of identities with at least `n_imgs` images, divided by the batch size, rounded down, at least 1
     seed:int=42, # Seed of the training batches
     val_bs:int=128, # Images per test batch
-    batch_tfms:list|None=None, # Batch transforms; None: `reid_augs` with shifts of 10 px at a width of 128; `[]`: none
-    in_memory:bool|None=None, # Whether to decode all images before training; None: if they fit into memory
+    batch_tfms:list|None=None, # Batch transforms; None: `reid_augs` with shifts of up to 10 px per 128 px of width; `[]`: none
+    in_memory:bool|None=None, # Whether to decode all images before training; None: if they fit, else only the training images if these fit
     num_workers:int|None=None, # Loader processes; None: 0 for images in memory, else one per core, up to 16
     path:str|Path='.', # Folder for the files of a `Learner`
     device:str|torch.device|None=None # Device of the batches; None: the GPU if there is one

@@ -67,7 +67,7 @@ def check_boxes(
     images:list, # Paths, arrays or PIL images
     boxes:list # For each image a box, or None for the whole of it
 ):
-    "Raise `ValueError` unless all boxes are inside their images; decodes no image"
+    "Raise `ValueError` unless the boxes of image files are inside their images, without decoding; `crop_boxes` checks the boxes of arrays and PIL images"
     was,size = None,None
     for i,(o,box) in enumerate(zip(images, boxes)):
         if box is None or not isinstance(o, (str,Path)): continue

@@ -14,7 +14,7 @@ def hold_out(
     splits:ReIDSplits, # Dataset whose training part is divided; its query and gallery parts are not used
     share:float, # Share of the training identities to hold out, in (0, 1)
     seed:int=42, # Seed of the random choice of identities, queries and distractors
-    distractors:float=0. # Share of the images of each remaining training identity, in [0, 1), that join the gallery as distractors instead of being used for training
+    distractors:float=0. # Share of the images of each remaining training identity, in [0, 1], that join the gallery as distractors; each identity keeps at least one image for training
 ) -> ReIDSplits: # Held-out identities as `query` and `gallery`, all other identities as `train`
     "Hold out some training identities for evaluation, so that settings can be chosen without the test set"
     df = splits.train[lambda o: o.pid!=JUNK_PID]

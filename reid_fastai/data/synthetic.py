@@ -312,7 +312,7 @@ def make_synthetic(
     path:str|Path|None=None, # Folder to create; None: a folder in the cache
     tiny:bool=False, # Whether to render about 100 images of 64×32 px instead of 4,200 of 128×64
     seed:int=42, # Seed; the same seed gives the same bytes
-    n_jobs:int|None=None # Number of processes; None: one per core
+    n_jobs:int|None=None # Number of processes; None: one per core; the tiny benchmark always uses one
 ) -> Path: # The folder, with `bounding_box_train`, `query` and `bounding_box_test`
     "Render the synthetic benchmark, unless the folder already contains it"
     seed,n_jobs = check_int('seed', seed),check_int('n_jobs', ifnone(n_jobs, os.cpu_count() or 1), 1, 1024)

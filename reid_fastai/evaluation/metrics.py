@@ -333,7 +333,7 @@ def topk(self:RetrievalResults,
 def is_match(self:RetrievalResults,
     q:int, # Index of the query
     g:int # Index in the whole gallery
-) -> bool: # Always False for junk and distractors
+) -> bool: # True also for images from the query's camera; always False for junk and distractors
     "Whether gallery image `g` shows the person of query `q`"
     return bool(self.g_pids[g]==self.q_pids[q] and self.g_pids[g] not in (JUNK_PID, DISTRACTOR_PID))
 

@@ -169,7 +169,7 @@ def _check_memory(n, d, k1, k2, chunk_size):
     size = int(n*free/need)
     raise ValueError(f'Re-ranking {n} images with k1={k1}, k2={k2} may take {need/1e9:.1f} GB; {free/1e9:.1f} GB are free. '
                      + (f'k1={fits[-1]}, k2={min(fits[-1], k2)} would fit. ' if fits else '')
-                     + f'With k1={k1}, k2={k2} about {size} images fit. For many images, use a smaller `chunk_size`.')
+                     + f'With k1={k1}, k2={k2} about {size} images fit. A smaller `chunk_size` in `RetrievalResults.from_embeddings` also saves memory.')
 
 # %% ../../nbs/11_evaluation.rerank.ipynb #5e574f10
 @patch

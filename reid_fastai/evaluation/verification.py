@@ -28,7 +28,7 @@ def _check_far(far, n, what):
     _check_rate(far)
     if not _allowed(far, n):
         unit = 10.**(np.floor(np.log10(1/n))-2)
-        raise ValueError(f'far={far:g}: {n:,} {what} are too few for it. The smallest false accept rate that can be asked for is {np.ceil(1/n/unit)*unit:.3g}.')
+        raise ValueError(f'far={far:g}: {n:,} {what} are too few for this rate. The smallest possible rate is {np.ceil(1/n/unit)*unit:.3g}.')
 
 def _allowed(far, n):
     "The largest number of `n` items whose share is at most `far`; `int(far*n)` alone would give 28 for 0.29 · 100"
@@ -236,10 +236,10 @@ def read_verification(
     "Thresholds that are stored with a model; `ValueError` if there are none or they belong to another model"
     file = model_file(model_path)
     path,again = file.with_name('verification.json'),f'reid-eval {model_path} --verify'
-    if not path.exists(): raise ValueError(f'{file} has no verification.json beside it, so no threshold is known. Make it: {again}')
+    if not path.exists(): raise ValueError(f'{file} has no verification.json beside it, so no threshold is known. Create it: {again}')
     res = read_json(path)
     ok = lambda d,keys: all(isinstance(o, dict) and all(isinstance(o.get(k), float) for k in keys) for o in d.values())
     if not (all(isinstance(res.get(k), t) for k,t in _names.items()) and ok(res['thresholds'], ('threshold','tar')) and ok(res['dir'], ('threshold','dir'))):
-        raise ValueError(f'{path} does not hold what `reid-eval --verify` writes. Make it anew: {again}')
-    if res['model']!=checksum(read_bytes(file)): raise ValueError(f'{path} belongs to another model than {file.name}: the checksums differ. Move it to another folder, and make it anew: {again}')
+        raise ValueError(f'{path} is not a file of `reid-eval --verify`. Create it again: {again}')
+    if res['model']!=checksum(read_bytes(file)): raise ValueError(f'{path} belongs to another model than {file.name}: the checksums differ. Move it to another folder, and create it again: {again}')
     return res
