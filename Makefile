@@ -21,7 +21,7 @@ docs: $(READY)
 	$(BIN)/python -m sphinx -W --keep-going -q -d _docs/doctrees nbs _docs/html
 
 $(READY): setup.py settings.ini pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c 'import pip, sys; assert sys.version_info>=(3,10)' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 

@@ -12,7 +12,7 @@ import torch
 from fastai.callback.schedule import SchedCos, SchedNo
 from fastai.optimizer import Optimizer, average_grad, larc_layer_lr, larc_step
 
-from options import add_set
+from options import add_set, chosen, positive, setting
 from rows import Rows
 from reid_fastai.callback.regularizer import ConventionalL2
 from reid_fastai.callback.rotation import AutoL2, RotationControl
@@ -69,12 +69,14 @@ def train(name, splits, cfg, lam, device):
 def main(a):
     if odd := [o for o in a.controls if o not in CONTROLS and '=' not in o]: raise ValueError(f'--controls {odd}: there are {list(CONTROLS)}, and regularisers with a strength, such as rotation=0.02.')
     keep_freed_memory()
-    rows,base = Rows(a.out),RunConfig(**dict(dict(epochs=5, steps=200), **dict(a.set), data=a.data, l2='none'))
+    strength = 'name a regulariser with a strength in --controls, such as conventional=0.0125'
+    opts = chosen(a.set, l2='choose --controls', factor=strength, amplitude=strength, strength=strength)
+    rows,base = Rows(a.out),RunConfig(**dict(dict(epochs=5, steps=200), **opts, data=a.data, l2='none'))
     for name in a.controls: control(name, base, a.lam)  # raises `ValueError` for an unknown regulariser or strength
     splits = load_splits(a.data)
-    setting = dict(dataset=splits.name, arch=base.arch, size='x'.join(map(str, base.size)), epochs=base.epochs, steps=base.steps, lam=a.lam)
-    rows.check_same(**setting)
-    def run(name, seed): return dict(train(name, splits, base.but(seed=seed), a.lam, a.device), **setting, torch=torch.__version__)
+    same = dict(dataset=splits.name, **setting(base.but(l2='adaptive'), a.device, 'arch','size','epochs','steps'), lam=a.lam)
+    rows.check_same(**same)
+    def run(name, seed): return dict(train(name, splits, base.but(seed=seed), a.lam, a.device), **same, torch=torch.__version__)
     rows.fill('control', a.controls, range(a.seed, a.seed+a.seeds), run, ('mAP','Rank-1','minutes'))
     df = pd.DataFrame(rows).groupby('control', sort=False).agg({'seed': 'count', 'mAP': ['mean','std'], 'Rank-1': 'mean'}).reset_index()
     pm = [f'{m:.2f}'+(f' ± {s:.2f}' if s==s else '') for m,s in zip(df.mAP['mean'], df.mAP['std'])]
@@ -86,7 +88,7 @@ if __name__=='__main__':
     p.add_argument('--out', required=True, help='CSV file of the results')
     p.add_argument('--controls', nargs='+', default=list(CONTROLS), help=f'some of: {", ".join(CONTROLS)}; or regularisers with a strength')
     p.add_argument('--lam', type=float, default=.01, help='λ of rotation control')
-    p.add_argument('--seeds', type=int, default=1, help='number of seeds')
+    p.add_argument('--seeds', type=positive, default=1, help='number of seeds')
     p.add_argument('--seed', type=int, default=42, help='the first of them')
     p.add_argument('--device')
     add_set(p)

@@ -20,7 +20,7 @@ It prints, as Markdown:
 - with --data, one training of 10 epochs by `reid-train`.
 Each part has a share of the time. What does not fit is left out with a message. `--tiny --device cpu` runs all of it at toy size.
 """
-import argparse, statistics, subprocess, sys, tempfile, time, warnings
+import argparse, gc, statistics, subprocess, sys, tempfile, time, warnings
 BEGAN = time.perf_counter()  # the time for imports counts
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def fit(a, net, precision, dl):
 def training(a):
     dl = _Batches(a.steps, a.bs, a.size, a.device)
     print(f'## Training\n\n{a.arch}, {a.size[0]}×{a.size[1]}, batches of {a.bs}, global and two regional branches; images a second, medians of at most {a.rounds} rounds in turn\n')
-    print('| precision | layout | compiled | bare loop | fit | fit / bare (goal 0.97) | peak memory, GB |\n|---|---|---|---|---|---|---|')
+    print('| precision | layout | compiled | bare loop | fit | fit / bare (goal 0.97) | peak memory of both, GB |\n|---|---|---|---|---|---|---|')
     for compiled in (False,) if a.tiny else (False, True):
         for name,precision,tf32 in ('fp32','fp32',False),('TF32','fp32',True),('bf16','bf16',False):
             if a.device.type!='cuda' and name=='TF32' or not supports_precision(precision, a.device): continue
@@ -115,7 +115,8 @@ def training(a):
                 b,t = (a.steps*a.bs/statistics.median(o) for o in zip(*ts))
                 mem = torch.cuda.max_memory_allocated()/1e9 if a.device.type=='cuda' else float('nan')
                 print(f'| {name} | {str(layout).split(".")[-1]} | {compiled} | {b:.0f} | {t:.0f} | {statistics.median(x/y for x,y in ts):.3f} | {mem:.1f} |', flush=True)
-                del net,gos
+                del net,gos,go,f  # else the next peak of memory would contain this network
+                gc.collect()
     set_tf32(False)
 
 def shares(a):
@@ -166,7 +167,7 @@ def gpu_tests(a):
 
 def train(a):
     with tempfile.TemporaryDirectory() as d:
-        command(a, a.data, '-c', 'from reid_fastai.cli import reid_train; import sys; sys.argv[0]="reid-train"; reid_train()', a.data, '--out', f'{d}/run', '--arch', a.arch,
+        command(a, a.data, '-c', 'from reid_fastai.cli import reid_train; import sys; sys.argv[0]="reid-train"; reid_train()', a.data, '--out', f'{d}/run', '--arch', a.arch, '--pretrained', a.pretrained,
                 '--size', '256x128', '--epochs', '10', '--device', a.device)
 
 #: Share of the time, and seconds below which a part is left out
@@ -179,6 +180,7 @@ def main(argv=None):
     p.add_argument('--device', default='cuda')
     p.add_argument('--tiny', action='store_true', help='toy sizes, for a test of this script')
     p.add_argument('--arch', default=None, help='default: resnet50')
+    p.add_argument('--pretrained', default='none', help="initial weights of the training on --data: 'none', 'imagenet', which needs a network or a cache, or a file")
     a = p.parse_args(argv)
     a.device = torch.device(a.device)
     if a.device.type=='cuda' and not torch.cuda.is_available(): raise SystemExit('No GPU here. `--tiny --device cpu` tries the script on the CPU.')

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from options import add_set
+from options import add_set, chosen, positive
 from reid_fastai.callback.evaluation import search
 from reid_fastai.config import RunConfig
 from reid_fastai.core import DISTRACTOR_PID, ReIDSplits
@@ -38,19 +38,21 @@ def untrained(splits, cfg):
 
 def main(a):
     splits,out,rows = load_splits(a.data),Path(a.out),[]
-    most = len(people(splits))
+    old = pd.read_csv(file, dtype=dict(dataset=str)) if (file := out/'identities.csv').exists() else None  # rows of earlier calls are kept
+    given,most = chosen(a.set, pretrained='use --pretrained'),len(people(splits))
     sizes = a.identities or [o for o in (0, 25, 50, 100, 200, 751) if o<=most]
+    if min(*sizes, a.images)<0: raise ValueError(f'--identities {sizes}, --images {a.images}: numbers from 0 are needed.')
     if max(sizes)>most: raise ValueError(f'--identities {max(sizes)}: {splits.name} has {most} training identities.')
     for seed in range(a.seed, a.seed+a.seeds):
         for n in sizes:
-            opts = dict(dict(a.set), data=a.data, seed=seed, pretrained=a.pretrained)
+            opts = dict(given, data=a.data, seed=seed, pretrained=a.pretrained)
             cfg = RunConfig(**opts)
             part = subset(splits, n, a.images, seed)
             steps = cfg.steps or max(1, len(splits.train)//(cfg.n_pids*cfg.n_imgs))
             if n: res = train_run(out/f'{n}-{a.images or "all"}-{seed}', part, RunConfig(**dict(opts, steps=steps, n_pids=min(n, cfg.n_pids))), a.device)
             else: res = untrained(splits, cfg)
-            rows.append({'identities': n, 'images': len(part.train), 'seed': seed, **{k: res[k] for k in ('mAP','Rank-1','Rank-5','mINP')}})
-            atomic_write(out/'identities.csv', pd.DataFrame(rows).to_csv(index=False))
+            rows.append({'dataset': splits.name, 'identities': n, 'images': len(part.train), 'seed': seed, **{k: res[k] for k in ('mAP','Rank-1','Rank-5','mINP')}, 'epochs': cfg.epochs, 'steps': steps, 'pretrained': a.pretrained})
+            atomic_write(file, pd.concat([old, pd.DataFrame(rows)]).drop_duplicates(['dataset','identities','images','seed','epochs','steps','pretrained'], keep='last').to_csv(index=False))
     df = pd.DataFrame(rows).groupby('identities').agg({'images': 'mean', 'mAP': ['mean','std'], 'Rank-1': ['mean','std']}).reset_index()
     shown = pd.DataFrame({'identities': df.identities, 'images': df.images['mean'].round().astype(int),
                           **{o: [f'{m:.2f}'+(f' ± {s:.2f}' if a.seeds>1 else '') for m,s in zip(df[o]['mean'], df[o]['std'])] for o in ('mAP','Rank-1')}})
@@ -63,7 +65,7 @@ if __name__=='__main__':
     p.add_argument('--out', required=True, help='folder of the runs and of the table')
     p.add_argument('--identities', nargs='+', type=int, help='numbers of training identities; default: 0 25 50 100 200 751, as far as DATA has as many')
     p.add_argument('--images', type=int, default=0, help='at most so many images of each identity; 0: all')
-    p.add_argument('--seeds', type=int, default=1, help='number of seeds, each with identities of its own')
+    p.add_argument('--seeds', type=positive, default=1, help='number of seeds, each with identities of its own')
     p.add_argument('--seed', type=int, default=42, help='the first of them')
     p.add_argument('--pretrained', default='imagenet', help="'imagenet', 'none', or a model.safetensors to start from")
     p.add_argument('--device')

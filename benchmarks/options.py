@@ -1,10 +1,41 @@
 "Options of `reid-train` on the command lines of other scripts"
-import json
+import argparse, json
+from inspect import signature
+
+from fastai.torch_core import default_device
+
+from reid_fastai.callback.precision import check_precision
+from reid_fastai.config import RunConfig
+
+_constants = {'True': True, 'False': False, 'None': None}
 
 def value(text):
     "'epochs=10' → ('epochs', 10)"
-    k,_,v = text.partition('=')
+    k,eq,v = text.partition('=')
+    if not eq: raise argparse.ArgumentTypeError(f'{text}: write OPTION=VALUE, such as epochs=10')
+    if v in _constants: return k,_constants[v]
     try: return k,json.loads(v)
     except ValueError: return k,v
 
 def add_set(parser): parser.add_argument('--set', nargs='*', default=[], metavar='OPTION=VALUE', type=value, help='options of reid-train, such as epochs=10')
+
+def positive(text):
+    "A whole number of at least 1"
+    if (n := int(text))<1: raise argparse.ArgumentTypeError(f'{text}: a whole number of at least 1 is needed')
+    return n
+
+def chosen(pairs, **elsewhere):
+    "The options of `--set`; raise `ValueError` for unknown ones and for those that the script does not take, with the remedies `elsewhere`"
+    opts = dict(pairs)
+    elsewhere = dict(data='it is the first argument', seed='use --seed', val_pids='the script evaluates in its own way', rerank='the script evaluates in its own way') | elsewhere
+    for k,v in opts.items():
+        if k not in signature(RunConfig).parameters: raise ValueError(f'--set {k}={v}: reid-train has no option {k}.')
+        if elsewhere.get(k): raise ValueError(f'--set {k}={v}: {elsewhere[k]}.')
+    return opts
+
+def setting(cfg, device, *columns):
+    "What the rows of a file must share: the `columns`, the precision of training, and all other options that are not defaults"
+    plain = RunConfig(cfg.data, cfg.recipe, arch=cfg.arch)
+    other = {k: v for k,v in vars(cfg).items() if k not in ('data','seed','precision',*columns) and v!=vars(plain)[k]}
+    cols = {k: 'x'.join(map(str, v)) if isinstance(v := getattr(cfg, k), list) else v for k in columns}
+    return {**cols, 'precision': check_precision(cfg.precision, device or default_device()), 'options': json.dumps(other)}

@@ -2,7 +2,7 @@
 
     python benchmarks/recipe.py DATA --out FILE.csv [--changes base gem circle …] [--seeds 1] [--set epochs=5 steps=200 l2=auto precision=bf16 …]
 
-A fifth of the training identities is held out, as queries and gallery; half of the images of the others join the gallery as distractors and are not trained on. The test set is not used.
+A fifth of the training identities is held out, as queries and gallery, the same for all seeds; half of the images of the others join the gallery as distractors and are not trained on. The test set is not used.
 Every training is evaluated twice: with its embeddings, and with the embeddings after the neck (BatchNorm), which the classifier gets.
 A row is added to FILE.csv after each training. Trainings that have a row are not repeated, so the command can be interrupted and given again.
 """
@@ -17,7 +17,7 @@ from pytorch_metric_learning.miners import MultiSimilarityMiner
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from options import add_set
+from options import add_set, chosen, positive, setting
 from rows import Rows
 from reid_fastai.config import RunConfig
 from reid_fastai.core import keep_freed_memory
@@ -108,13 +108,14 @@ def train(name, splits, cfg, device):
 def main(a):
     if odd := [o for o in a.changes if o not in CHANGES]: raise ValueError(f'--changes {odd}: there are {list(CHANGES)}.')
     keep_freed_memory()
-    rows,base = Rows(a.out),RunConfig(**dict(dict(epochs=5, steps=200, l2='auto'), **dict(a.set), data=a.data))
+    rows,base = Rows(a.out),RunConfig(**dict(dict(epochs=5, steps=200, l2='auto'), **chosen(a.set), data=a.data, seed=a.seed))
     if base.regions: raise ValueError(f'regions={base.regions}: the changes are made for the light head. Use regions=0.')
-    splits = hold_out(load_splits(a.data), .2, base.seed, a.distractors)
-    setting = dict(dataset=splits.name, distractors=a.distractors, arch=base.arch, size='x'.join(map(str, base.size)), epochs=base.epochs, steps=base.steps, l2=base.l2, precision=base.precision)
-    rows.check_same(**setting)
-    def run(name, seed): return dict(train(name, splits, base.but(seed=seed), a.device), **setting, torch=torch.__version__)
-    rows.fill('change', a.changes, range(base.seed, base.seed+a.seeds), run, ('mAP','Rank-1','mAP after the neck','minutes'))
+    for name in a.changes: base.but(**CHANGES[name][2](base))  # raises `ValueError` for options that a change makes invalid
+    splits = hold_out(load_splits(a.data), .2, 42, a.distractors)  # the same people for all seeds
+    same = dict(dataset=splits.name, distractors=a.distractors, **setting(base, a.device, 'arch','size','epochs','steps','l2'))
+    rows.check_same(**same)
+    def run(name, seed): return dict(train(name, splits, base.but(seed=seed), a.device), **same, torch=torch.__version__)
+    rows.fill('change', a.changes, range(a.seed, a.seed+a.seeds), run, ('mAP','Rank-1','mAP after the neck','minutes'))
     df = pd.DataFrame(rows)
     mean = df.groupby('change', sort=False)[['mAP','Rank-1','mAP after the neck','Rank-1 after the neck','minutes']].mean().reset_index()
     mean.insert(1, 'seeds', df.groupby('change', sort=False).seed.count().values)
@@ -125,7 +126,8 @@ if __name__=='__main__':
     p.add_argument('data', help="'synthetic', the folder of a dataset, or a CSV file")
     p.add_argument('--out', required=True, help='CSV file of the results')
     p.add_argument('--changes', nargs='+', default=list(CHANGES), help=f'some of: {", ".join(CHANGES)}')
-    p.add_argument('--seeds', type=int, default=1, help='number of seeds')
+    p.add_argument('--seeds', type=positive, default=1, help='number of seeds')
+    p.add_argument('--seed', type=int, default=42, help='the first of them')
     p.add_argument('--distractors', type=float, default=.5, help='share of the images of the other training identities that join the held-out gallery')
     p.add_argument('--device')
     add_set(p)

@@ -10,7 +10,7 @@ class Rows(list):
     def __init__(self, file):
         check_writable(file)
         self.file = Path(file)
-        rows = pd.read_csv(file).to_dict('records') if self.file.exists() else []
+        rows = pd.read_csv(file, dtype=dict(dataset=str)).to_dict('records') if self.file.exists() else []
         super().__init__({k: None if v!=v else v for k,v in row.items()} for row in rows)  # None is an empty cell, which pandas reads as NaN
 
     def has(self, **values):
@@ -20,6 +20,7 @@ class Rows(list):
     def check_same(self, **values):
         "Raise `ValueError` if the file was begun with other values"
         for k,v in values.items():
+            if self and k not in self[0]: raise ValueError(f'{self.file} has no column {k}: another script or an older version wrote it. Name another file.')
             if self and self[0][k]!=v: raise ValueError(f'{self.file} has rows with {k}={self[0][k]}, but this call has {v}. Name another file.')
 
     def fill(self, key, names, seeds, train, shown):

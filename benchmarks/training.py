@@ -204,5 +204,7 @@ if __name__=='__main__':
     p.add_argument('--data', default=None, help='dataset in the layout of Market-1501; default: rendered people')
     p.add_argument('--only', help=argparse.SUPPRESS)
     a = p.parse_args()
+    if a.bs<4 or a.bs%4: p.error(f'--bs {a.bs}: a multiple of 4 is needed, because each identity has 4 images')
+    if a.rounds<1: p.error(f'--rounds {a.rounds}: at least 1 is needed')
     a.data,a.size = a.data or make_synthetic(),tuple(a.size)
     main(a)

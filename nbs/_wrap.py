@@ -16,7 +16,19 @@ def _tree(src):
 
 def _tokens(src):
     skip = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-    return [t for t in tokenize.generate_tokens(io.StringIO(src).readline) if t.type not in skip]
+    return [t for t in _whole_strings(src, tokenize.generate_tokens(io.StringIO(src).readline)) if t.type not in skip]
+
+def _whole_strings(src, toks):
+    "Since Python 3.12 an f-string is several tokens; it becomes one again, because older versions cannot read one that is broken inside"
+    start,end = (getattr(tokenize, f'FSTRING_{o}', None) for o in ('START','END'))
+    lines,opened = src.splitlines(keepends=True),[]
+    for t in toks:
+        if t.type==start: opened.append(t.start)
+        if not opened: yield t
+        elif t.type==end:
+            (r,c),(r2,c2) = opened.pop(),t.end
+            text = ''.join(lines[r-1:r2])
+            if not opened: yield tokenize.TokenInfo(tokenize.STRING, text[c:len(text)-len(lines[r2-1])+c2], (r,c), t.end, t.line)
 
 def _above(lines, i, t, width):
     "The comment `t` at the end of line `i`, on lines of its own above it"

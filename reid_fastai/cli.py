@@ -238,7 +238,7 @@ def reid_compare(
     check_device(device)
     check_workers(workers)
     if table:
-        fixed = dict(arms=arms, archs=archs, seeds=seeds, factors=factors, amplitudes=amplitudes, strengths=strengths, tune_pids=tune_pids, tune_distractors=tune_distractors)
+        fixed = dict(data=data, arms=arms, archs=archs, seeds=seeds, factors=factors, amplitudes=amplitudes, strengths=strengths, tune_pids=tune_pids, tune_distractors=tune_distractors)
         return _paper_table(table, root, Path(ifnone(out, 'runs/paper-table')), quiet, fixed, dict(kwargs, seed=seed, device=device, workers=workers))
     if archs and kwargs.get('arch'): raise ValueError(f'--arch {kwargs["arch"]}: --archs {" ".join(archs)} names the networks. Leave one of the two out.')
     cfgs = [RunConfig(data, seed=seed, **dict(kwargs, arch=o)) for o in archs or [kwargs.get('arch')]]

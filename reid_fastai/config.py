@@ -116,7 +116,8 @@ def _check(self:RunConfig):
     if self.recipe!='paper' and self.frozen_epochs: raise ValueError(f'frozen_epochs={self.frozen_epochs}: only recipe=paper has a frozen phase to choose.')
     resolve_arch(self.arch)
     check_precision(self.precision)
-    if not isinstance(self.compile, bool): raise ValueError(f'compile={self.compile!r}: it must be True or False.')
+    for k in ('flip','rerank','compile'):
+        if not isinstance(v := getattr(self, k), bool): raise ValueError(f'{k}={v!r}: it must be True or False.')
     check_strength('amplitude', self.amplitude, '> 0')
     check_strength('factor', self.factor, '≥ 0')
     if self.strength is not None:
@@ -134,8 +135,8 @@ def _check_first(self:RunConfig):
         return
     size = lambda o: f'{o[0]}x{o[1]}'
     if self.recipe not in ('quick','laptop'): raise ValueError(f'first_size={size(self.first_size)}: recipe={self.recipe} has a schedule of its own. Choose recipe=laptop or quick.')
-    if self.first_size==self.size or any(s>f for s,f in zip(self.first_size, self.size)):
-        raise ValueError(f'first_size={size(self.first_size)}: it must be smaller than size={size(self.size)}. Choose a larger size, or recipe=quick for one size in all epochs.')
+    if any(s>f for s,f in zip(self.first_size, self.size)):
+        raise ValueError(f'first_size={size(self.first_size)}: it must be smaller than size={size(self.size)}. Choose a larger size, or one size for all epochs: recipe=quick without first_size.')
     check_first_epochs(self.first_epochs, self.epochs)
 
 # %% ../nbs/18a_config.ipynb #252a3362

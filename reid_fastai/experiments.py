@@ -21,10 +21,9 @@ from fastcore.all import *
 from matplotlib.ticker import NullFormatter
 from scipy import stats
 
-from .callback.checkpoint import Diverged
 from .callback.history import _penalised,plot_lambda_hist
 from .config import *
-from .core import ReIDSplits,check_share
+from .core import Diverged,ReIDSplits,check_share
 from .data.holdout import *
 from .distributed import *
 from .files import *

@@ -80,6 +80,7 @@ class ErasingFrom(PlainErrors, Callback):
         self._learn = learn
 
     def before_fit(self):
+        if self.erase is not None: self.erase.p = self.p  # an earlier fit may have been interrupted
         self.erase = first(o for o in self.dls.train.after_batch.fs if isinstance(o, EraseEach))
         if self.erase is None: raise ValueError('ErasingFrom needs `EraseEach` among the batch transforms. Use `reid_augs()`, which contains it.')
         self.p = self.erase.p

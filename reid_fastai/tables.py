@@ -59,10 +59,10 @@ def paper_table(
 
 def _paper_run(out, root, l2, arch, layout, options, device, workers):
     "Results of one run, or the reason for skipping"
-    try:
-        data = layout.find(root)
-        cfg = RunConfig(data, 'paper', arch=arch, l2=l2, rerank=True, **options)
-        build_net(cfg)
+    try: data = layout.find(root)
+    except ValueError as e: return f'skipped: {layout.name} was '+('found more than once' if ' datasets of layout ' in str(e) else 'not found')
+    cfg = RunConfig(data, 'paper', arch=arch, l2=l2, rerank=True, **options)
+    try: build_net(cfg)
     except ValueError as e: return f'skipped: {first(str(e).split(": "))}'
     print(f'\n{l2} {arch} {layout.name}')
     return train_run(out/f'{layout.name}-{arch}-{l2}-seed{cfg.seed}', layout(data), cfg, device, workers)

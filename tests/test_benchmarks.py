@@ -106,6 +106,9 @@ def test_how_many_identities(tmp_path):
     assert (few['n_pids'],more['n_pids'])==(3,4) and few['steps']==more['steps']==3
     before = (tmp_path/'o'/'3-all-42'/'model.safetensors').stat().st_mtime_ns
     assert forked(*args, logs=tmp_path).returncode==0 and (tmp_path/'o'/'3-all-42'/'model.safetensors').stat().st_mtime_ns==before
+    assert len(pd.read_csv(tmp_path/'o'/'identities.csv'))==3
+    bad = forked(*args, '--out', tmp_path/'other', '--identities', '-3', logs=tmp_path)
+    assert bad.returncode==1 and 'numbers from 0' in bad.stderr
     bad = forked(*args, '--out', tmp_path/'other', '--identities', '3', '99', logs=tmp_path)
     assert bad.returncode==1 and 'has 10 training identities' in bad.stderr and 'Traceback' not in bad.stderr and not (tmp_path/'other').exists()
 
@@ -125,7 +128,9 @@ def test_controls(tmp_path):
     arms = forked(*args, '--controls', 'constant', 'conventional=0.0025', 'rotation=0.01', 'rotation=0.05', logs=tmp_path)
     mAP = pd.read_csv(tmp_path/'c.csv').set_index('control').mAP
     assert arms.returncode==0 and mAP['conventional=0.0025']==mAP.constant and mAP['rotation=0.01']==mAP.both!=mAP['rotation=0.05'], arms.stderr[-800:]
-    for bad,words in ((['--controls', 'some'], "['some']"), (['--controls', 'some=0.1'], "l2='some'"), (['--set', 'epochs=1', 'steps=3', 'pretrained=none'], 'arch=test_resnet')):
+    for bad,words in ((['--controls', 'some'], "['some']"), (['--controls', 'some=0.1'], "l2='some'"), (['--set', 'epochs=1', 'steps=3', 'pretrained=none'], 'arch=test_resnet'),
+                      ([o.replace('lr=0.03', 'lr=0.3') for o in args[args.index('--set'):]], 'has rows with options='), (['--set', 'epoch=5'], 'no option epoch'),
+                      (['--set', 'seed=1'], 'use --seed'), (['--set', 'val_pids=0.1'], 'in its own way'), (['--set', 'factor=0.5'], 'conventional=0.0125')):
         res = forked(*args, *bad, logs=tmp_path)
         assert res.returncode==1 and words in res.stderr and 'Traceback' not in res.stderr
 
@@ -175,6 +180,16 @@ def test_changes_of_a_recipe(monkeypatch):
     with learn.no_bar(), learn.no_logging(): tiny = tiny_learner(); tiny.fit(1, 1e-2)
     last = torch.cat([p.detach().flatten() for p in tiny.model.parameters()])
     assert 0<(averaged-start).norm()<(last-start).norm()
+
+def test_values_of_options(monkeypatch):
+    import argparse
+    monkeypatch.syspath_prepend(root/'benchmarks')
+    from options import positive, value
+    assert [value(f'k={o}')[1] for o in ('False','None','2','.01','256x128','true')]==[False,None,2,'.01','256x128',True]
+    for f,bad in ((value, 'epochs'), (positive, '0')):
+        with pytest.raises(argparse.ArgumentTypeError): f(bad)
+    from reid_fastai.config import RunConfig
+    with pytest.raises(ValueError, match="flip='no': it must be True or False"): RunConfig(flip='no')
 
 def test_rows_of_a_value_that_is_none(tmp_path, monkeypatch):
     "A CSV file holds None as an empty cell"

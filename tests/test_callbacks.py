@@ -135,7 +135,7 @@ def test_removal_leaves_the_learner_as_it_was():
     learn.add_cb(AdaptiveL2(.1)); learn.remove_cb(AdaptiveL2)
     assert before==(learn.opt_func,learn.splitter,len(learn.metrics))
 
-@pytest.mark.parametrize('cbs', [lambda: [RotationControl(.1), AdaptiveL2(.1)], lambda: [AdaptiveL2(.1), RotationControl(.1)], lambda: [ConventionalL2()], lambda: [AutoL2()]])
+@pytest.mark.parametrize('cbs', [lambda: [RotationControl(.1), AdaptiveL2(.1)], lambda: [AdaptiveL2(.1), RotationControl(.1)], lambda: [ConventionalL2()], lambda: [AdaptiveL2(.1)], lambda: [AutoL2()]])
 @pytest.mark.parametrize('opt_func', [Adam, partial(OptimWrapper, opt=torch.optim.AdamW)])
 @pytest.mark.parametrize('before', [0, 1])
 def test_removal_restores_the_default_decay(cbs, opt_func, before):
@@ -147,8 +147,14 @@ def test_removal_restores_the_default_decay(cbs, opt_func, before):
     if before: fit(learn)
     fit(learn, cbs=cbs())
     assert learn.seen=={0} and learn.opt_func is given
+    learn.save('m')
     assert decays(fit(learn))==learn.seen=={.01} and not [p for g in learn.opt.param_lists for p in g if p is getattr(learn.model, THETA, None)]
     assert decays(fit(learn, reset_opt=True))=={.01}
+
+def test_a_chosen_decay_of_0_stays():
+    learn = fit(learner(), cbs=AdaptiveL2(.1))
+    learn.opt.set_hypers(wd=0.)
+    assert decays(fit(learn, cbs=AdaptiveL2(.1)))=={0}
 
 def test_decay_stays_dropped_while_a_callback_needs_it():
     learn = fit(learner(ConventionalL2()), cbs=RotationControl(.1))

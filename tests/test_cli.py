@@ -255,7 +255,7 @@ def test_table_of_the_paper_trains_where_it_is_told(monkeypatch, tmp_path, data)
 
 def test_a_diverged_strength_counts_as_0(monkeypatch, tmp_path, data):
     "Else the grid, which extends itself, could not be finished"
-    from reid_fastai.callback.checkpoint import Diverged
+    from reid_fastai.core import Diverged
     from reid_fastai.experiments import Comparison
     def train(self, stage, splits, arm, seed, strength):
         if strength>8: raise Diverged('The loss is nan.')

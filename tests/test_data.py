@@ -237,6 +237,7 @@ def test_links_that_lead_up_are_not_followed(tmp_path):
     touch(tmp_path/'photos', 'a.jpg', 'more/b.jpg')
     for o in ('here','more/up'): (tmp_path/'photos'/o).symlink_to(tmp_path/'photos')
     (tmp_path/'photos'/'other').symlink_to(tmp_path/'photos'/'more')
+    (tmp_path/'photos'/'all').symlink_to('/')
     files = list_images([tmp_path/'photos', tmp_path/'photos'/'a.jpg'])
     assert sorted(Path(o).name for o in files)==['a.jpg','b.jpg']
 
@@ -267,7 +268,7 @@ def test_one_image_for_a_test_loader(market):
     dls = make_dls(market)
     file = str(dls.splits.root/dls.test_df.path[0])
     want = dls.test_dl([file]).one_batch()[0]
-    for o in (file, Path(file), Image.open(file), np.array(Image.open(file).convert('RGB'))): assert torch.equal(dls.test_dl(o).one_batch()[0], want)
+    for o in (file, Path(file), Image.open(file), np.array(Image.open(file).convert('RGB')), np.array([file])): assert torch.equal(dls.test_dl(o).one_batch()[0], want)
 
 def test_the_gpu_of_a_started_process(monkeypatch):
     gpu = torch.device('cuda', 0)

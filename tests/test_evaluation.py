@@ -240,13 +240,19 @@ def test_chosen_queries():
     "By index, or one bool per query"
     res = build(**args())
     idxs = res.topk(2).idxs
-    assert torch.equal(res.topk(2, [2,0]).idxs, idxs[[2,0]]) and torch.equal(res.topk(2, np.array([True,False,True])).idxs, idxs[[0,2]])
+    assert torch.equal(res.topk(2, [2,0]).idxs, idxs[[2,0]]) and torch.equal(res.topk(2, np.array([0,2])[::-1]).idxs, idxs[[2,0]]) and torch.equal(res.topk(2, np.array([True,False,True])).idxs, idxs[[0,2]])
     for bad,words in (([], 'none is chosen'), ([False]*3, 'none is chosen'), ([True], '1 bools for 3'), ([0,3], r'queries=\[3\]: there are 3'), ([-1], r'\[-1\]')):
         with pytest.raises(ValueError, match=words): res.topk(2, bad)
+
+def test_features_that_are_not_numbers():
+    "A comparison of regularisers has to know that the training diverged"
+    from reid_fastai.core import Diverged
+    with pytest.raises(Diverged, match='1 of 2 rows contain NaN'): distances.as_feats(torch.tensor([[1.,2.],[float('nan'),0.]]))
 
 def test_large_whole_numbers_stay_apart():
     a,b = 2**60,2**60+1
     assert build(**args(q_pids=np.array([a,b,a], dtype=object), g_pids=np.array([a,b,b], dtype=object))).n_matches.tolist()==[1,2,1]
+    with pytest.raises(ValueError, match='Pass them as strings'): build(**args(q_pids=np.array([2**70,1,2], dtype=object)))
 
 @pytest.mark.parametrize('f', ['cmc','topk'])
 def test_k(f):

@@ -110,5 +110,5 @@ def restore_history(self:ArrayHistory,
     df = df.assign(rotates=df.get('rotates', False))
     self._epochs = [[o[c].to_numpy('float32') if c in o else np.full(len(o), np.nan, 'float32') for c in _cols] for _,o in df.groupby('epoch')]
     self.regularizer.spared = turned = {*df.name[df.rotates & (df.epoch==df.epoch.max())]}
-    for cb in self.learn.cbs:
+    for cb in L(getattr(self.learn, 'cbs', None)):
         if isinstance(cb, ArrayHistory) and cb.turns: cb.turn_again(turned, self.regularizer.names)

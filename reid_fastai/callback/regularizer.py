@@ -47,8 +47,7 @@ class L2Callback(ArrayHistory):
         learn,self._learn = self._learn,None
         restore_default_wd(learn, self)
         learn.splitter = self._splitter
-        for g in getattr(learn.opt, 'param_lists', []):
-            for i in [i for i,p in enumerate(g) if p is getattr(self.regularizer, 'theta', None)]: g.pop(i)
+        if learn.opt is not None and (theta := getattr(self.regularizer, 'theta', None)) is not None: _take_out(learn.opt, theta)
         learn.metrics = [m for m in learn.metrics if m is not self._metric]
 
 # %% ../../nbs/12_callback.regularizer.ipynb #98c0ee86
@@ -182,6 +181,12 @@ def _drop_wd(opt):
     "Set the decay of `opt` to 0 if it is a default; raise `ValueError` otherwise"
     if wd := max(_wds(_drop_default(opt))): _refuse_wd(wd)
 
+def _take_out(opt, theta):
+    "Remove θ and its moments from `opt`; the `state_dict` of PyTorch's optimizers fails for moments of foreign parameters"
+    for g in opt.param_lists:
+        for i in [i for i,p in enumerate(g) if p is theta]: g.pop(i)
+    getattr(opt, 'opt', opt).state.pop(theta, None)
+
 def _undecayed(opt_func, *args, **kwargs): return _drop_default(opt_func(*args, **kwargs))
 
 def _without_wd(opt_func):
@@ -206,7 +211,7 @@ def restore_default_wd(
     "Undo `drop_default_wd`, unless another callback needs it"
     if any(o.undecayed for o in learn.cbs if isinstance(o, ArrayHistory) and o is not cb): return
     learn.opt_func = getattr(learn.opt_func, 'decayed', learn.opt_func)
-    wds = getattr(learn.opt, 'default_wds', None)
+    wds = None if learn.opt is None else vars(learn.opt).pop('default_wds', None)
     if wds and not any(_wds(learn.opt)): learn.opt.set_hypers(wd=wds)
 
 # %% ../../nbs/12_callback.regularizer.ipynb #dc197440

@@ -18,6 +18,7 @@ from ..regularizers import *
 # %% ../../nbs/12b_callback.rivals.ipynb #833e41ad
 class DecayCallback(L2Callback):
     "Base class: changes kernels or their gradients at the optimizer's step and leaves the loss unchanged"
+    _before_find = None
     order = GradientClip.order+1  # after unscaling and clipping; skipped steps do not reach it
     def _regularizer(self, model):
         lam = dict.fromkeys(KINDS, 0.) | dict(kernel=self._start)

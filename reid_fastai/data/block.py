@@ -346,7 +346,8 @@ def test_dl(self:ReIDDataLoaders,
     if isinstance(test_items, pd.DataFrame): test_items = _absolute(test_items.reset_index(drop=True), self.splits and self.splits.root)
     elif with_labels: raise ValueError(f'with_labels=True needs a DataFrame with `path`, `pid` and `camid`, not {type(test_items)}.')
     else:
-        if isinstance(test_items, (str,Path,bytes,Image.Image)) or isinstance(test_items, np.ndarray) and test_items.ndim<4: test_items = [test_items]
+        one = isinstance(test_items, np.ndarray) and (test_items.ndim==2 or test_items.ndim==3 and test_items.shape[2] in (3,4))
+        if one or isinstance(test_items, (str,Path,bytes,Image.Image)): test_items = [test_items]
         test_items = L(str(o) if isinstance(o, Path) else o for o in test_items)
     ds = test_set(self.valid_ds, test_items, rm_tfms=0, with_labels=with_labels)
     ds.n_inp = 1

@@ -201,7 +201,8 @@ def _check_names(files):
 
 def _leads_up(p, o):
     "Whether `o` in folder `p` is a link to that folder or to one above it"
-    return os.path.islink(o := os.path.join(p, o)) and f'{os.path.realpath(p)}/'.startswith(f'{os.path.realpath(o)}/')
+    above = lambda q: map(os.path.realpath, (q, *Path(q).parents))
+    return os.path.islink(o := os.path.join(p, o)) and os.path.realpath(o) in {*above(p), *above(os.path.realpath(p))}
 
 def _images_below(d):
     "Image files below folder `d`; unlike in fastai's `get_image_files`, an unreadable folder raises an error, and links that lead up are not followed"

@@ -14,6 +14,8 @@ from fastcore.all import *
 from torch import Tensor
 from torch.nn.functional import linear,pad
 
+from ..core import Diverged
+
 # %% ../../nbs/09_evaluation.distances.ipynb #7142b5eb
 def as_feats(
     x:Tensor|np.ndarray|list, # (n, d) numbers: tensor, array or list of rows
@@ -25,7 +27,7 @@ def as_feats(
     if not x.is_floating_point(): x = x.float()
     if len(x) and not torch.isfinite(torch.stack(torch.aminmax(x))).all():
         bad = (~torch.isfinite(x)).any(1).nonzero().flatten()
-        raise ValueError(f'{name}: {len(bad)} of {len(x)} rows contain NaN or infinity, the first is row {bad[0]}. '
+        raise Diverged(f'{name}: {len(bad)} of {len(x)} rows contain NaN or infinity, the first is row {bad[0]}. '
                          'If training diverged, lower `lr`; features must not exceed the range of float16 (65504).')
     return x
 

@@ -60,10 +60,12 @@ def _labels(x, n, name):
     x = x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
     if x.shape!=(n,): raise ValueError(f'{name}: shape {x.shape} for {n} rows of features; needed one label per row, ({n},).')
     if x.dtype.kind=='O':
-        kind = str if all(isinstance(o, str) for o in x) else np.int64 if all(isinstance(o, Integral) for o in x) else float
+        kind = str if all(isinstance(o, str) for o in x) else np.int64 if all(isinstance(o, Integral) and abs(int(o))<2**63 for o in x) else float
         try: x = x.astype(kind)
         except (ValueError, TypeError): raise ValueError(f'{name}: labels of several types; labels are integers or strings.') from None
-    if x.dtype.kind=='f' and (x==x.round()).all(): x = x.astype(np.int64)
+    if x.dtype.kind=='f' and (x==x.round()).all():
+        if n and abs(x).max()>2**53: raise ValueError(f'{name}: labels above 2⁵³, where floats skip whole numbers. Pass them as strings.')
+        x = x.astype(np.int64)
     if x.dtype.kind not in 'iuU': raise ValueError(f'{name}: dtype {x.dtype}; labels are integers or strings.')
     return x if x.dtype.kind=='U' else x.astype(np.int64)
 
@@ -305,7 +307,7 @@ def query_rows(self:RetrievalResults,
     queries:list|np.ndarray|Tensor # Indices of queries, or one bool per query
 ) -> Tensor: # (n,) long, indices
     "Check indices of queries; `ValueError` if there are none, or if one is out of range"
-    q = torch.as_tensor(queries).flatten()
+    q = (queries if isinstance(queries, Tensor) else torch.from_numpy(np.array(queries))).flatten()
     if q.dtype==torch.bool:
         if len(q)!=len(self): raise ValueError(f'queries: {len(q)} bools for {len(self)} queries. Pass one for each query, or indices.')
         q = q.nonzero()[:,0]
