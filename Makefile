@@ -21,7 +21,8 @@ docs: $(READY)
 	$(BIN)/python -m sphinx -W --keep-going -q -d _docs/doctrees nbs _docs/html
 
 $(READY): setup.py settings.ini pyproject.toml
-	$(BIN)/python -c 'import pip, sys; assert sys.version_info>=(3,10)' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -c 'import pip, sys; assert sys.version_info>=(3,10)' 2>/dev/null || { echo '.venv has no pip, or a Python below 3.10. Remove it, and name a newer one: make PYTHON=python3.11'; exit 1; }
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 

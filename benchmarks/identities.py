@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from options import add_set, chosen, positive
+from options import add_set, chosen, positive, setting
 from reid_fastai.callback.evaluation import search
 from reid_fastai.config import RunConfig
 from reid_fastai.core import DISTRACTOR_PID, ReIDSplits
@@ -51,8 +51,8 @@ def main(a):
             steps = cfg.steps or max(1, len(splits.train)//(cfg.n_pids*cfg.n_imgs))
             if n: res = train_run(out/f'{n}-{a.images or "all"}-{seed}', part, RunConfig(**dict(opts, steps=steps, n_pids=min(n, cfg.n_pids))), a.device)
             else: res = untrained(splits, cfg)
-            rows.append({'dataset': splits.name, 'identities': n, 'images': len(part.train), 'seed': seed, **{k: res[k] for k in ('mAP','Rank-1','Rank-5','mINP')}, 'epochs': cfg.epochs, 'steps': steps, 'pretrained': a.pretrained})
-            atomic_write(file, pd.concat([old, pd.DataFrame(rows)]).drop_duplicates(['dataset','identities','images','seed','epochs','steps','pretrained'], keep='last').to_csv(index=False))
+            rows.append({'dataset': splits.name, 'identities': n, 'images': len(part.train), 'seed': seed, **{k: res[k] for k in ('mAP','Rank-1','Rank-5','mINP')}, 'epochs': cfg.epochs, 'steps': steps, 'pretrained': a.pretrained, **setting(cfg, a.device, 'arch','size')})
+            atomic_write(file, pd.concat([old, pd.DataFrame(rows)]).drop_duplicates(['dataset','identities','images','seed','epochs','steps','arch','size','precision','options'], keep='last').to_csv(index=False))
     df = pd.DataFrame(rows).groupby('identities').agg({'images': 'mean', 'mAP': ['mean','std'], 'Rank-1': ['mean','std']}).reset_index()
     shown = pd.DataFrame({'identities': df.identities, 'images': df.images['mean'].round().astype(int),
                           **{o: [f'{m:.2f}'+(f' ± {s:.2f}' if a.seeds>1 else '') for m,s in zip(df[o]['mean'], df[o]['std'])] for o in ('mAP','Rank-1')}})

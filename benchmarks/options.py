@@ -1,5 +1,5 @@
 "Options of `reid-train` on the command lines of other scripts"
-import argparse, json
+import argparse, ast, json
 from inspect import signature
 
 from fastai.torch_core import default_device
@@ -7,15 +7,12 @@ from fastai.torch_core import default_device
 from reid_fastai.callback.precision import check_precision
 from reid_fastai.config import RunConfig
 
-_constants = {'True': True, 'False': False, 'None': None}
-
 def value(text):
     "'epochs=10' → ('epochs', 10)"
     k,eq,v = text.partition('=')
     if not eq: raise argparse.ArgumentTypeError(f'{text}: write OPTION=VALUE, such as epochs=10')
-    if v in _constants: return k,_constants[v]
-    try: return k,json.loads(v)
-    except ValueError: return k,v
+    try: return k,ast.literal_eval(v)
+    except (ValueError, SyntaxError): return k,v
 
 def add_set(parser): parser.add_argument('--set', nargs='*', default=[], metavar='OPTION=VALUE', type=value, help='options of reid-train, such as epochs=10')
 
@@ -35,7 +32,7 @@ def chosen(pairs, **elsewhere):
 
 def setting(cfg, device, *columns):
     "What the rows of a file must share: the `columns`, the precision of training, and all other options that are not defaults"
-    plain = RunConfig(cfg.data, cfg.recipe, arch=cfg.arch)
-    other = {k: v for k,v in vars(cfg).items() if k not in ('data','seed','precision',*columns) and v!=vars(plain)[k]}
+    plain = vars(RunConfig(cfg.data, cfg.recipe, arch=cfg.arch)) | dict(recipe='quick')
+    other = {k: v for k,v in vars(cfg).items() if k not in ('data','seed','precision',*columns) and v!=plain[k]}
     cols = {k: 'x'.join(map(str, v)) if isinstance(v := getattr(cfg, k), list) else v for k in columns}
     return {**cols, 'precision': check_precision(cfg.precision, device or default_device()), 'options': json.dumps(other)}

@@ -218,7 +218,7 @@ def _strengths(texts):
 def reid_compare(
     data:str='synthetic', # 'synthetic', the folder of a dataset, or a CSV file with columns path, pid, split and, if known, camid
     out:str=None, # Folder of the comparison, new or to be continued; default: a folder in runs/, named after data and backbone
-    arms:Annotated[str, {'nargs':'+'}, "Regularisers to compare: none, conventional, adaptive, annealed, rotation, auto, decoupled, cautious, cpr, l2sp, awd, lamb"]=ARMS,
+    arms:Annotated[str, {'nargs':'+'}, f"Regularisers to compare: {', '.join(ALL_ARMS)}"]=ARMS,
     archs:Annotated[str, {'nargs':'+'}, "Several networks; each has its own comparison, and one table shows all"]=None,
     seeds:int=3, # Number of runs per arm, each with another seed
     seed:int=42, # First seed
@@ -264,7 +264,7 @@ def _paper_table(table, root, out, quiet, fixed, options):
     fixed |= {k: options.pop(k) for k in ('arch','recipe','rerank') if k in options}
     plain,defaults = (lambda o: list(o) if is_listy(o) else o),signature(reid_compare).parameters
     odd = sorted(k for k,v in fixed.items() if plain(v)!=plain(defaults[k].default))
-    if odd: raise ValueError(f'{", ".join("--"+o.replace("_", "-") for o in odd)}: determined by the paper\'s table. Leave it out.')
+    if odd: raise ValueError(f'{", ".join("DATA" if o=="data" else "--"+o.replace("_", "-") for o in odd)}: determined by the paper\'s table. Leave it out.')
     with _quietly(quiet):
         res = paper_table(out, root, **options)
         print(f'\n{markdown_table(res)}\n\nFolder: {out}')

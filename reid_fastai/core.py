@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JUNK_PID', 'DISTRACTOR_PID', 'ranks', 'brief', 'check_int', 'check_share', 'number_files', 'ReIDSplits',
            'count_matches', 'check_search', 'check_protocol', 'progress', 'free_memory', 'keep_freed_memory', 'unwrap',
-           'mean_of_mirrored', 'plain_errors', 'Diverged', 'PlainErrors']
+           'mean_of_mirrored', 'plain_errors', 'DivergedError', 'PlainErrors']
 
 # %% ../nbs/00_core.ipynb #6138b7d1
 import ctypes,os,re,sys
@@ -283,7 +283,7 @@ def plain_errors():
         if e.args and isinstance(e.args[0], str): e.args = (_prefix.sub('', e.args[0]), *e.args[1:])
         raise
 
-class Diverged(ValueError): "A training whose loss or weights are infinite or not numbers"
+class DivergedError(ValueError): "A training whose loss or weights are infinite or not numbers"
 
 class PlainErrors:
     "Base class of callbacks whose errors keep their own message; place it before fastai's `Callback`"

@@ -23,7 +23,7 @@ from scipy import stats
 
 from .callback.history import _penalised,plot_lambda_hist
 from .config import *
-from .core import Diverged,ReIDSplits,check_share
+from .core import DivergedError,ReIDSplits,check_share
 from .data.holdout import *
 from .distributed import *
 from .files import *
@@ -150,7 +150,7 @@ def runs(self:Comparison): "One row per run"; return pd.DataFrame(self.rows)
 def _score(self:Comparison, arm, strength):
     "mAP on the held-out identities, %; 0 if the training diverged"
     try: return self._train('tune', self.held, arm, self.cfg.seed, strength)['mAP']
-    except Diverged as e:
+    except DivergedError as e:
         warnings.warn(f'{arm} with strength {strength:.4g} counts as mAP 0. {e}')
         return 0.
 

@@ -88,9 +88,9 @@ def reid_learner(
     "Build a `Learner` for person re-identification"
     if not getattr(dls, 'c', 0): raise ValueError('The loaders have no number of training identities (`dls.c`); make them with `ReIDDataLoaders`.')
     net = arch if isinstance(arch, nn.Module) else build_reid_net(arch, dls.c, regions=regions, pretrained=pretrained, size=getattr(dls, 'size', None))
-    if not isinstance(unwrap(net), ReIDNet): raise ValueError(f'The network is a {type(net).__name__}; a Re-ID learner needs a `ReIDNet`. Pass a network of `build_reid_net`, or the name of a backbone.')
-    if net.n_classes!=dls.c: raise ValueError(f'The network has {net.n_classes} classes, but the loaders have {dls.c} training identities. Build the network with n_classes={dls.c}.')
+    if not isinstance(inner := unwrap(net), ReIDNet): raise ValueError(f'The network is a {type(net).__name__}; a Re-ID learner needs a `ReIDNet`. Pass a network of `build_reid_net`, or the name of a backbone.')
+    if inner.n_classes!=dls.c: raise ValueError(f'The network has {inner.n_classes} classes, but the loaders have {dls.c} training identities. Build the network with n_classes={dls.c}.')
     device = getattr(dls, 'device', None) or 'cpu'
-    fast_depthwise(net).lay_out(device).to(device)  # fastai moves it only in `fit`, but `load` and `embed` may come before
+    fast_depthwise(inner).lay_out(device).to(device)  # fastai moves it only in `fit`, but `load` and `embed` may come before
     return ReIDLearner(dls, net, ifnone(loss_func, ReIDLoss()), opt_func=opt_func, splitter=splitter,
                    cbs=L(FitChecks(), RetrievalMetrics(eval_every, flip)) + L(cbs), **kwargs)

@@ -76,16 +76,19 @@ class ErasingFrom(PlainErrors, Callback):
     def learn(self): return self._learn
     @learn.setter
     def learn(self, learn):
-        if learn is None and self.erase is not None: self.erase.p = self.p  # also after an interruption, which `after_fit` does not follow
+        if learn is None: self._restore()  # also after an interruption, which `after_fit` does not follow
         self._learn = learn
 
+    def _restore(self):
+        if self.erase is not None: self.erase.p,self.erase = self.p,None
+
     def before_fit(self):
-        if self.erase is not None: self.erase.p = self.p  # an earlier fit may have been interrupted
+        self._restore()  # an earlier fit may have been interrupted
         self.erase = first(o for o in self.dls.train.after_batch.fs if isinstance(o, EraseEach))
         if self.erase is None: raise ValueError('ErasingFrom needs `EraseEach` among the batch transforms. Use `reid_augs()`, which contains it.')
         self.p = self.erase.p
     def before_epoch(self): self.erase.p = self.p if self.epoch>=self.first else 0.
-    def after_fit(self): self.erase.p = self.p
+    def after_fit(self): self._restore()
 
 @patch
 def fit_published(self:Learner,

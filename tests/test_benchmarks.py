@@ -184,11 +184,13 @@ def test_changes_of_a_recipe(monkeypatch):
 def test_values_of_options(monkeypatch):
     import argparse
     monkeypatch.syspath_prepend(root/'benchmarks')
-    from options import positive, value
-    assert [value(f'k={o}')[1] for o in ('False','None','2','.01','256x128','true')]==[False,None,2,'.01','256x128',True]
+    from options import positive, setting, value
+    assert [value(f'k={o}')[1] for o in ('False','None','2','.01','256x128','true')]==[False,None,2,.01,'256x128','true']
     for f,bad in ((value, 'epochs'), (positive, '0')):
         with pytest.raises(argparse.ArgumentTypeError): f(bad)
     from reid_fastai.config import RunConfig
+    of = lambda recipe: setting(RunConfig('synthetic', recipe, arch='resnet50', size='384x128', epochs=5, steps=200), 'cpu', 'arch', 'size', 'epochs', 'steps')
+    assert of('quick')['options']=='{}' and 'paper' in of('paper')['options'] and of('paper')['precision']=='fp32'
     with pytest.raises(ValueError, match="flip='no': it must be True or False"): RunConfig(flip='no')
 
 def test_rows_of_a_value_that_is_none(tmp_path, monkeypatch):

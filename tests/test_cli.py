@@ -238,6 +238,8 @@ def test_table_of_the_paper_says_what_is_missing(tmp_path, shell):
     assert shell('reid-compare', '--table', 'paper').returncode==2
     res = shell('reid-compare', '--table', 'paper', '--root', tmp_path, '--out', tmp_path/'t', '--seeds', '5', '--arms', 'none')
     assert res.returncode==2 and "--arms, --seeds: determined by the paper's table" in res.err
+    res = shell('reid-compare', tmp_path, '--table', 'paper', '--root', tmp_path, '--out', tmp_path/'t')
+    assert res.returncode==2 and 'DATA: determined' in res.err
 
 def test_table_of_the_paper_trains_where_it_is_told(monkeypatch, tmp_path, data):
     from reid_fastai import tables
@@ -255,10 +257,10 @@ def test_table_of_the_paper_trains_where_it_is_told(monkeypatch, tmp_path, data)
 
 def test_a_diverged_strength_counts_as_0(monkeypatch, tmp_path, data):
     "Else the grid, which extends itself, could not be finished"
-    from reid_fastai.core import Diverged
+    from reid_fastai.core import DivergedError
     from reid_fastai.experiments import Comparison
     def train(self, stage, splits, arm, seed, strength):
-        if strength>8: raise Diverged('The loss is nan.')
+        if strength>8: raise DivergedError('The loss is nan.')
         return dict(mAP=strength)
     monkeypatch.setattr(Comparison, '_train', train)
     with pytest.warns(UserWarning, match='decoupled with strength 37.5 counts as mAP 0. The loss is nan.'):

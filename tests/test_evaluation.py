@@ -246,13 +246,14 @@ def test_chosen_queries():
 
 def test_features_that_are_not_numbers():
     "A comparison of regularisers has to know that the training diverged"
-    from reid_fastai.core import Diverged
-    with pytest.raises(Diverged, match='1 of 2 rows contain NaN'): distances.as_feats(torch.tensor([[1.,2.],[float('nan'),0.]]))
+    from reid_fastai.core import DivergedError
+    with pytest.raises(DivergedError, match='1 of 2 rows contain NaN'): distances.as_feats(torch.tensor([[1.,2.],[float('nan'),0.]]))
 
 def test_large_whole_numbers_stay_apart():
     a,b = 2**60,2**60+1
     assert build(**args(q_pids=np.array([a,b,a], dtype=object), g_pids=np.array([a,b,b], dtype=object))).n_matches.tolist()==[1,2,1]
-    with pytest.raises(ValueError, match='Pass them as strings'): build(**args(q_pids=np.array([2**70,1,2], dtype=object)))
+    with pytest.raises(ValueError, match='Pass them as integers or strings'): build(**args(q_pids=np.array([2**70,1,2], dtype=object)))
+    with pytest.raises(ValueError, match='above 16,777,216, where float32'): build(**args(q_pids=np.array([2**24+4,1,2], 'float32')))
 
 @pytest.mark.parametrize('f', ['cmc','topk'])
 def test_k(f):

@@ -120,6 +120,8 @@ def test_features_that_were_not_computed_are_never_averaged(dls):
 
 def test_a_foreign_network_is_refused(dls):
     with pytest.raises(ValueError, match='is a Linear; a Re-ID learner needs a `ReIDNet`'): reid_learner(dls, nn.Linear(2, 2))
+    net = tiny_learner(dls).model
+    for wrapped in torch.compile(net, backend='eager'),nn.DataParallel(net): assert reid_learner(dls, wrapped).model is wrapped
 
 def test_unwrapped_in_the_learner(dls, tmp_path):
     "A compiled learner is trained, evaluated and saved as the model inside"

@@ -147,11 +147,17 @@ def test_erasing_after_an_interrupted_fit():
     p = erase.p
     with learn.no_bar(), learn.no_logging(), pytest.raises(KeyboardInterrupt): learn.fit(2, 1e-3, cbs=[ErasingFrom(1), Stop()])
     assert erase.p==p>0
+    learn.add_cb(ErasingFrom(1))  # one that stays
+    for i in range(2):
+        with learn.no_bar(), learn.no_logging(), pytest.raises(KeyboardInterrupt): learn.fit(2, 1e-3, cbs=Stop())
+    learn.remove_cb(ErasingFrom)
+    assert erase.p==p
 
 def test_copies_of_options(splits):
     cfg = RunConfig(recipe='laptop')
     assert cfg.but(epochs=10).first_epochs==7 and cfg.but(first_epochs=20).but(epochs=40).first_epochs==20 and cfg.but(seed=1).first_epochs==cfg.first_epochs
-    with pytest.raises(ValueError, match='first_size=.*must be smaller than size'): runs.check_run(splits, RunConfig(recipe='laptop', size='128x64', arch='test_resnet', pretrained='none', n_pids=4))
+    small = RunConfig(recipe='laptop', size='128x64', arch='test_resnet', pretrained='none', n_pids=4)
+    with pytest.raises(ValueError, match='first_size=128x64: it must be smaller than size'): runs.check_run(splits, small)
     with pytest.raises(ValueError, match='recipe=paper: these options have the defaults of recipe=laptop'): cfg.but(recipe='paper')
 
 def test_one_epoch_has_one_size():

@@ -19,7 +19,7 @@ from fastai.torch_core import get_random_states,set_random_states
 from fastcore.all import *
 
 from .regularizer import find_l2
-from ..core import Diverged,PlainErrors,ranks
+from ..core import DivergedError,PlainErrors,ranks
 from ..distributed import by_leader
 from ..export import save_model
 from ..files import atomic_write,load_plain,seal,unseal
@@ -52,7 +52,7 @@ def after_epoch(self:Checkpoint):
     if not self.trained: return  # an epoch that was completed before the interruption
     row = {k: float(v) for k,v in zip(self.recorder.metric_names, self.recorder.log) if k not in ('epoch','time')}
     if not math.isfinite(row['train_loss']):
-        raise Diverged(f'Training diverged: the loss of epoch {len(self.rows)+1} is {row["train_loss"]}. Lower `lr` in a new run; {self.folder} is kept as it was before this epoch.')
+        raise DivergedError(f'Training diverged: the loss of epoch {len(self.rows)+1} is {row["train_loss"]}. Lower `lr` in a new run; {self.folder} is kept as it was before this epoch.')
     self.rows.append({'epoch': len(self.rows)+1, **row, 'seconds': round(self.stop-self.start, 2)})
     if self.keep_best and not ranks.rank and len(mAPs := self.table.mAP.dropna()) and mAPs.idxmax()==len(self.rows)-1: save_model(self.learn.model, self.folder/'best.safetensors', self.dls.size)
     self._write()

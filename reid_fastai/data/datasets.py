@@ -201,7 +201,7 @@ def _check_names(files):
 
 def _leads_up(p, o):
     "Whether `o` in folder `p` is a link to that folder or to one above it"
-    above = lambda q: map(os.path.realpath, (q, *Path(q).parents))
+    above = lambda q: map(os.path.realpath, (q, *Path(os.path.abspath(q)).parents))
     return os.path.islink(o := os.path.join(p, o)) and os.path.realpath(o) in {*above(p), *above(os.path.realpath(p))}
 
 def _images_below(d):

@@ -14,7 +14,7 @@ from fastcore.all import *
 from torch import Tensor
 from torch.nn.functional import linear,pad
 
-from ..core import Diverged
+from ..core import DivergedError
 
 # %% ../../nbs/09_evaluation.distances.ipynb #7142b5eb
 def as_feats(
@@ -27,8 +27,8 @@ def as_feats(
     if not x.is_floating_point(): x = x.float()
     if len(x) and not torch.isfinite(torch.stack(torch.aminmax(x))).all():
         bad = (~torch.isfinite(x)).any(1).nonzero().flatten()
-        raise Diverged(f'{name}: {len(bad)} of {len(x)} rows contain NaN or infinity, the first is row {bad[0]}. '
-                         'If training diverged, lower `lr`; features must not exceed the range of float16 (65504).')
+        raise DivergedError(f'{name}: {len(bad)} of {len(x)} rows contain NaN or infinity, the first is row {bad[0]}. '
+                            'If training diverged, lower `lr`; features must not exceed the range of float16 (65504).')
     return x
 
 # %% ../../nbs/09_evaluation.distances.ipynb #30de5e2c

@@ -64,7 +64,7 @@ def _labels(x, n, name):
         try: x = x.astype(kind)
         except (ValueError, TypeError): raise ValueError(f'{name}: labels of several types; labels are integers or strings.') from None
     if x.dtype.kind=='f' and (x==x.round()).all():
-        if n and abs(x).max()>2**53: raise ValueError(f'{name}: labels above 2⁵³, where floats skip whole numbers. Pass them as strings.')
+        if n and float(abs(x).max())>(most := 2**(np.finfo(x.dtype).nmant+1)): raise ValueError(f'{name}: labels above {most:,}, where {x.dtype} skips whole numbers. Pass them as integers or strings.')
         x = x.astype(np.int64)
     if x.dtype.kind not in 'iuU': raise ValueError(f'{name}: dtype {x.dtype}; labels are integers or strings.')
     return x if x.dtype.kind=='U' else x.astype(np.int64)
