@@ -99,13 +99,13 @@ def _check_files(df, name, files):
     "Raise `ValueError` for images listed twice; `files` are numbers, equal for rows of the same file"
     if (n := df.groupby(files).pid.nunique()).max()>1:
         raise ValueError(f'{name}: {brief(df.path[files==n.idxmax()].iloc[0])} is listed with {n.max()} identities. Keep only the right one.')
-    if 'camid' in df and (n := df.groupby(files).camid.nunique()).max()>1:
-        raise ValueError(f'{name}: {brief(df.path[files==n.idxmax()].iloc[0])} is listed with {n.max()} cameras. An image comes from one camera; keep only the right one.')
     if (twice := pd.DataFrame(dict(file=files, split=df.split.to_numpy())).duplicated()).any():
         at = twice.argmax()
         path,other = df.path.iloc[(files==files[at]).argmax()],df.path.iloc[at]
         raise ValueError(f'{name}: {brief(path, 60)} is listed twice in split {df.split.iloc[at]!r}' + (f', also as {brief(other, 60)}' if other!=path else '')
                          + f'. Images listed twice: {twice.sum()}. List each image once.')
+    if 'camid' in df and (n := df.groupby(files).camid.nunique()).max()>1:
+        raise ValueError(f'{name}: {brief(df.path[files==n.idxmax()].iloc[0])} is listed with {n.max()} cameras. An image comes from one camera; keep only the right one.')
 
 # %% ../nbs/00_core.ipynb #0bb584bb
 def _number(values, first=1):

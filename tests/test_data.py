@@ -195,7 +195,8 @@ def test_bad_tables(tmp_path):
     refused(df.assign(path=['gone.jpg',*df.path[1:]]), '1 of 19 images do not exist, such as .*gone.jpg')
     refused(pd.concat([df, df[:1]]), 'is listed twice in split')
     refused(pd.concat([df, df[:1].assign(pid='other')]), 'is listed with 2 identities')
-    refused(pd.concat([df, df[:1].assign(split='gallery', camid=7)]) if 'camid' in df else pd.concat([df, df[:1].assign(split='gallery')]).assign(camid=[1]*len(df)+[7]), 'is listed with 2 cameras')
+    other = 'query' if df.split[0]!='query' else 'gallery'
+    refused(pd.concat([df, df[:1].assign(split=other)]).assign(camid=[1]*len(df)+[7]), 'is listed with 2 cameras')
     refused(df.assign(split='val'), "contains \\['val'\\]")
     table.write_text('')
     with pytest.raises(ValueError, match='cannot be read as a table'): read_dataset(table)

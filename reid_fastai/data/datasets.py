@@ -81,6 +81,12 @@ def find(self:ReIDLayout,
 def _nor(cands): return f' Folders beside or below it without that layout: {len(cands)-1}.' if len(cands)>1 else ''
 
 # %% ../../nbs/04_data.datasets.ipynb #fe32bab8
+def _check_names(files):
+    "Raise `ValueError` for names that are not UTF-8: no table can hold them"
+    for o in files:
+        try: o.encode()
+        except UnicodeEncodeError: raise ValueError(f'{ascii(o)}: the name is not UTF-8. Rename the file.') from None
+
 @patch
 def __call__(self:ReIDLayout,
     path:str|Path # Root of the dataset, or the folder that contains the root
@@ -193,12 +199,6 @@ MSMT17 = ListLayout('MSMT17', dict(train=['list_train.txt','list_val.txt'], quer
     {'MSMT17': dict(train=(32_621, 1_041, 15, 0, 0), query=(11_659, 3_060, 15, 0, 0), gallery=(82_161, 3_060, 15, 0, 0))})
 
 # %% ../../nbs/04_data.datasets.ipynb #64d33b34
-def _check_names(files):
-    "Raise `ValueError` for names that are not UTF-8: no table can hold them"
-    for o in files:
-        try: o.encode()
-        except UnicodeEncodeError: raise ValueError(f'{ascii(o)}: the name is not UTF-8. Rename the file.') from None
-
 def _leads_up(p, o):
     "Whether `o` in folder `p` is a link to that folder or to one above it"
     above = lambda q: map(os.path.realpath, (q, *Path(os.path.abspath(q)).parents))
