@@ -76,6 +76,7 @@ def bare(a, net, precision, dl):
     reg,loss_func = AdaptiveL2Regularizer(net).to(a.device),ReIDLoss()
     opt = torch.optim.Adam([*net.parameters(), reg.theta], lr=1e-4, eps=1e-7, fused=True)
     def go():
+        net.train()  # `fit` leaves it in evaluation mode
         for x,pid,_ in dl:
             with torch.autocast(a.device.type, precisions[precision], enabled=precision!='fp32'): out = net(x)
             (loss_func(out, pid)+reg()).backward()

@@ -62,7 +62,8 @@ def _join():
     try:
         store,rank,n = next(dist.rendezvous('env://'))
         _group.store = _one_start(store, rank, n)
-        dist.init_process_group(store=_group.store, rank=rank, world_size=n)
+        backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() and dist.is_nccl_available() else 'gloo'  # without a name, PyTorch would exchange no tensors of the CPU beside a GPU
+        dist.init_process_group(backend, store=_group.store, rank=rank, world_size=n)
     except (RuntimeError,ValueError) as e:
         raise ValueError(f'The {os.environ["WORLD_SIZE"]} started processes did not find each other: {brief(e, 120)}. Start them with `torchrun` or `accelerate launch`.') from e
 
@@ -146,10 +147,11 @@ def my_part(
 
 def _all_gather(x):
     "`x` of each process, with equal shapes and of any type"
-    x = x.detach().contiguous()
+    home,x = x.device,x.detach().contiguous()
+    if home.type=='cpu' and dist.get_backend()=='nccl': x = x.cuda()  # a group of the user's that has NCCL alone
     parts = [torch.empty_like(x) for _ in range(ranks.n)]
     with talking(): dist.all_gather([o.view(-1).view(torch.uint8) for o in parts], x.view(-1).view(torch.uint8))
-    return parts
+    return [o.to(home) for o in parts]
 
 def join_parts(
     x:Tensor|None # (n_r, ...) rows of this process; the number of rows may differ between processes; None for no rows

@@ -72,4 +72,4 @@ def load_state_dict(self:FusedAdam,
         if 'step' not in s: continue
         # PyTorch counts in float32, on the device where the update is fused
         step = torch.tensor(float(s['step']), dtype=torch.float32, device=p.device if self.opt.defaults['fused'] else 'cpu')
-        self.opt.state[p] = dict(step=step, **{v: s[k].to(p.device, p.dtype, copy=True) for k,v in _names.items() if k in s})
+        self.opt.state[p] = dict(step=step, **{v: torch.empty_like(p).copy_(s[k]) for k,v in _names.items() if k in s})  # in the memory layout of `p`, which a fused update needs

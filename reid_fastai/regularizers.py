@@ -143,7 +143,7 @@ class _L2(nn.Module):
         "Penalty of the active arrays"
         lam,on = self.lambdas(),self.active()
         if not on.any(): return 0*lam.sum()  # still a function of θ, as distributed training requires
-        if not on.all(): lam = lam[on.to(lam.device)]
+        if not on.all(): lam = lam.index_select(0, on.nonzero()[:,0].to(lam.device, non_blocking=True))  # a mask on a GPU would wait for it
         return _WeightedSqNorms.apply(lam, *(w for w,o in zip(self.arrays, on) if o))
 
     def extra_repr(self): return ', '.join(f'{self.kinds.count(k)} {k}' for k in KINDS if k in self.kinds)

@@ -99,10 +99,12 @@ def check_workers(
     "Raise `ValueError` unless `workers` is None or from 0 to 256"
     if workers is not None and not 0<=workers<=256: raise ValueError(f'workers={workers}: a whole number from 0 to 256 is needed.')
 
-def check_compiler():
+def check_compiler(
+    device:str|torch.device='cpu' # Device for training
+):
     "Raise `ValueError` if torch.compile does not work on this machine"
-    try: torch.compile(lambda x: x+1)(torch.zeros(2))
-    except Exception as e: raise ValueError(f'compile=True: torch.compile does not work here: {brief(e, 120)} It needs a C++ compiler; without it leave the option out.') from e
+    try: torch.compile(lambda x: x+1)(torch.zeros(2, device=device))
+    except Exception as e: raise ValueError(f'compile=True: torch.compile does not work here: {brief(e, 120)} It needs a C++ compiler, and on a GPU Triton; without them leave the option out.') from e
 
 def build_net(
     cfg:RunConfig, # Options
@@ -138,7 +140,7 @@ def make_learner(
     batch_part(cfg.n_pids, cfg.n_imgs, ranks.rank, ranks.n)
     device = check_device(device)
     precision = check_precision(cfg.precision, ifnone(device, default_device()))
-    if cfg.compile: check_compiler()
+    if cfg.compile: check_compiler(ifnone(device, default_device()))
     parts = hold_out(splits, cfg.val_pids, cfg.seed) if cfg.val_pids else splits
     set_seed(cfg.seed)
     net = build_net(cfg, parts.train.pid[lambda o: o!=JUNK_PID].nunique())

@@ -5,7 +5,7 @@ The processes are forked from one that has imported everything and computed noth
 import json, os, shutil, signal, socket, sys, time, warnings
 from pathlib import Path
 
-os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', TORCH_CPP_LOG_LEVEL='ERROR')
+os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', TORCH_CPP_LOG_LEVEL='ERROR', CUDA_VISIBLE_DEVICES='')  # more processes than GPUs would be refused
 warnings.simplefilter('ignore')
 import torch
 from functools import lru_cache

@@ -169,6 +169,17 @@ def test_theta_of_other_arrays_is_refused():
     assert (fit(learn.add_cb(AdaptiveL2(.1, exclude='beta')), 1, 'fit', 1e-2).model.l2_theta<0).all()
 
 @pytest.mark.parametrize('make', [ArrayHistory, RotationControl, AdaptiveL2, ConventionalL2])
+def test_lambda_follows_a_model_that_fit_has_moved(make, monkeypatch):
+    "To a GPU; the parameters stay the same objects"
+    learn = learner(make())
+    seen = []
+    fit(learn)
+    monkeypatch.setattr(L2Regularizer, 'to', lambda self, device: seen.append(device))
+    monkeypatch.setattr(AdaptiveL2Regularizer, 'to', lambda self, device: seen.append(device))
+    fit(learn)
+    assert torch.device('cpu') in seen
+
+@pytest.mark.parametrize('make', [ArrayHistory, RotationControl, AdaptiveL2, ConventionalL2])
 def test_history_of_another_model_begins_anew(make):
     cb = make()
     for _ in range(2): fit(learner(cb))

@@ -1,4 +1,6 @@
 "The evaluation modules against slow loops written from the protocol's words, over ties, junk, distractors, dtypes and layouts."
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ import reid_fastai.evaluation.metrics as metrics
 import reid_fastai.evaluation.rerank as rerank
 from reid_fastai.evaluation.distances import Distances, topk_keys
 from reid_fastai.evaluation.metrics import RetrievalResults
+from forks import fork
 from pretend_gpu import pretend_gpu
 from reid_fastai.files import load_tensors, save_tensors
 
@@ -248,6 +251,23 @@ def test_features_that_are_not_numbers():
     "A comparison of regularisers has to know that the training diverged"
     from reid_fastai.core import DivergedError
     with pytest.raises(DivergedError, match='1 of 2 rows contain NaN'): distances.as_feats(torch.tensor([[1.,2.],[float('nan'),0.]]))
+
+def _newer_precision():
+    torch.set_num_threads(1)  # the threads of the parent do not exist in a fork
+    torch.set_float32_matmul_precision('highest')
+    torch.backends.cuda.matmul.fp32_precision = 'tf32'
+    with pytest.raises(RuntimeError): torch.get_float32_matmul_precision()
+    old = torch.backends.cuda.matmul.fp32_precision,torch.backends.mkldnn.matmul.fp32_precision
+    with distances.full_precision(torch.device('cpu')): assert torch.get_float32_matmul_precision()=='highest'
+    assert old==(torch.backends.cuda.matmul.fp32_precision,torch.backends.mkldnn.matmul.fp32_precision) and old[0]=='tf32'
+    assert build(**args()).mAP==1
+    from reid_fastai.callback.precision import _tf32
+    assert _tf32()=='as set by fp32_precision'
+
+@pytest.mark.skipif(not hasattr(torch.backends, 'fp32_precision') or not hasattr(os, 'fork'), reason='an older PyTorch, or no forks')
+def test_precision_set_by_the_newer_names():
+    "PyTorch refuses to read the older setting then; in a process of its own, because the setting is global"
+    assert os.waitpid(fork(_newer_precision), 0)[1]==0
 
 def test_large_whole_numbers_stay_apart():
     a,b = 2**60,2**60+1

@@ -84,6 +84,22 @@ def test_checkpoints_of_either_go_on(first, then, tmp_path):
     assert gap(a, b)==0 if first is then else gap(a, b)<1e-3
     assert np.allclose(*(o.adaptive_l2.history.theta for o in (resumed, whole)), rtol=0 if first is then else 1e-3, atol=1e-7)
 
+def test_moments_take_the_layout_of_their_weights():
+    "A fused update walks through memory: moments of a run on a CPU, where kernels are channels last, would belong to other weights on a GPU"
+    steps = []
+    for layout in torch.contiguous_format,torch.channels_last:
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(4, 3, 3, 3))
+        opt = FusedAdam([p], lr=.1)
+        p.grad = torch.randn(4, 3, 3, 3)
+        opt.step()
+        state = opt.state_dict()
+        for s in state['state']: s.update({k: v.to(memory_format=layout) for k,v in s.items() if torch.is_tensor(v) and v.ndim==4})
+        opt.load_state_dict(state)
+        opt.step()
+        steps.append(p.detach().clone())
+    assert torch.equal(*steps)
+
 def test_learner_files_of_either_load_without_a_warning(tmp_path, recwarn):
     for save,load in (loop_adam,paper_adam),(paper_adam,loop_adam),(paper_adam,paper_adam):
         a,b = (tiny_learner(opt_func=o, cbs=AdaptiveL2(), path=tmp_path) for o in (save,load))

@@ -1,5 +1,8 @@
 "Where the bytes of images lie: on the device, in memory, or nowhere"
+from types import SimpleNamespace
+
 import pytest, torch
+from PIL import Image
 
 from reid_fastai.data import block
 from reid_fastai.data.block import ImageMemory
@@ -56,3 +59,27 @@ def test_training_images_alone_are_kept(monkeypatch):
     part.valid.fake_l.num_workers = 0  # quicker here
     for a,b in zip((whole.train,whole.valid), (part.train,part.valid)):
         assert all(torch.equal(x, y) for x,y in zip(batches(a), batches(b), strict=True))
+
+def test_loader_processes_do_not_read_a_gpu(monkeypatch, tmp_path):
+    "CUDA cannot be used in a forked process"
+    Image.new('RGB', (8,8)).save(tmp_path/'a.png')
+    mem = ImageMemory([str(tmp_path/'a.png')], (32,32))
+    assert mem.rows([str(tmp_path/'a.png')]).tolist()==[0]
+    monkeypatch.setattr(block, 'get_worker_info', lambda: True)
+    assert mem.rows([str(tmp_path/'a.png')]).tolist()==[0]
+    mem.x = SimpleNamespace(device=torch.device('cuda'))
+    assert mem.rows([str(tmp_path/'a.png')]) is None
+
+@pytest.mark.parametrize('gpu,backend', [(True,'cpu:gloo,cuda:nccl'), (False,'gloo')])
+def test_processes_exchange_tensors_of_cpu_and_gpu(gpu, backend, monkeypatch):
+    "Beside a GPU, PyTorch would choose NCCL alone, which refuses tensors of the CPU"
+    import reid_fastai.distributed as d
+    seen = []
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpu)
+    monkeypatch.setattr(d.dist, 'is_nccl_available', lambda: True)
+    monkeypatch.setattr(d.dist, 'rendezvous', lambda url: iter([(None, 0, 2)]))
+    monkeypatch.setattr(d, '_one_start', lambda *args: None)
+    monkeypatch.setattr(d.dist, 'init_process_group', lambda backend, **kw: seen.append(backend))
+    d._join()
+    assert seen==[backend]

@@ -110,6 +110,14 @@ def test_faults_are_found(fault):
     m = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), *mid, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert scale_invariant(m, torch.randn(4, 3, 8, 8))==['0.weight']+['4.weight']*(fault=='bias')
 
+def test_synchronised_norms_do_not_wait(monkeypatch):
+    "One process tests alone, and the others would never answer"
+    def wait(*args): raise AssertionError('it waits')
+    monkeypatch.setattr(nn.SyncBatchNorm, 'forward', wait)
+    m = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.SyncBatchNorm(4))
+    assert scale_invariant(m, torch.randn(4, 3, 8, 8))==['0.weight']
+    with pytest.raises(AssertionError, match='it waits'): m(torch.randn(4, 3, 8, 8))
+
 # ---- in the training loop
 
 def net(): return nn.Sequential(nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU()), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))

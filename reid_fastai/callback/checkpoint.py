@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
-from fastai.torch_core import get_random_states,set_random_states
+from fastai.torch_core import get_random_states,set_random_states,to_device
 from fastcore.all import *
 
 from .regularizer import find_l2
@@ -73,7 +73,7 @@ def _write(self:Checkpoint):
     if ranks.rank: return  # only rank 0 writes; all processes have the same state
     smooth,cb,scaler = self.recorder.smooth_loss,find_l2(self.learn),getattr(self.learn, 'scaler', None)
     lambdas = cb.history.to_csv(index=False) if cb else None
-    state = dict(rows=self.rows, lambdas=lambdas, model=self.learn.model.state_dict(), opt=_moments(self.opt), random=_random(),
+    state = dict(rows=self.rows, lambdas=lambdas, model=self.learn.model.state_dict(), opt=_moments(self.opt), random=_random(), gpu=next(self.learn.model.parameters()).device.index,
                  smooth=(smooth.count, smooth.val), train_epoch=self.dls.train.epoch, scaler=scaler.state_dict() if scaler else {})
     torch.save(state, buf := BytesIO())
     atomic_write(self.file, seal(buf.getvalue()))
@@ -105,11 +105,12 @@ def _read(self:Checkpoint): return load_plain(unseal(self.file), self.file) if s
 
 @patch
 def _restore(self:Checkpoint):
-    state,self.state = self.state,None
-    self.opt.load_state_dict({k: L(v) for k,v in state['opt'].items()})
+    (state,self.state),device = (self.state,None),next(self.learn.model.parameters()).device
+    self.opt.load_state_dict({k: L(to_device(v, device)) for k,v in state['opt'].items()})
     smooth = self.recorder.smooth_loss
     smooth.count,smooth.val = state['smooth']
     self.dls.train.epoch = state['train_epoch']
     random = state['random']
     if scale := state.get('scaler'): self.learn.scaler.load_state_dict(scale)  # for float16
     set_random_states(**{**random, 'torch_cuda_state': random['torch_cuda_state'][:torch.cuda.device_count()]})  # another machine may have fewer GPUs
+    if device.type=='cuda' and (states := random['torch_cuda_state']): torch.cuda.set_rng_state(states[min(state.get('gpu') or 0, len(states)-1)], device)  # the run may go on with another GPU

@@ -94,5 +94,6 @@ def training_precision(
 
 def _tf32():
     "Operations for which PyTorch uses TF32 on a GPU"
-    on = [k for k,v in dict(convolutions=torch.backends.cudnn.allow_tf32, products=torch.backends.cuda.matmul.allow_tf32).items() if v]
+    try: on = [k for k,v in dict(convolutions=torch.backends.cudnn.allow_tf32, products=torch.backends.cuda.matmul.allow_tf32).items() if v]
+    except RuntimeError: return 'as set by fp32_precision'
     return 'in '+' and '.join(on) if on else 'off'

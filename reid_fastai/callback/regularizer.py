@@ -56,7 +56,7 @@ def _build(self:L2Callback, learn):
     "Build the regulariser, unless the present one belongs to this model"
     model = unwrap(learn.model)
     new = self._regularizer(model)
-    if self._keeps(new): return
+    if self._keeps(new): return self._follow(new)
     if (theta := getattr(new, 'theta', None)) is not None:
         if (has := getattr(model, THETA, None)) is None: model.register_parameter(THETA, theta)
         elif has.shape!=theta.shape:
@@ -134,12 +134,13 @@ class AdaptiveL2(L2Callback):
 
     def before_step(self):
         super().before_step()
-        off,theta = ~self.regularizer.active(),self.regularizer.theta
-        self._still = (off, theta.detach()[off]) if off.any() else None
+        theta = self.regularizer.theta
+        off = (~self.regularizer.active()).nonzero()[:,0].to(theta.device, non_blocking=True)
+        self._still = (off, theta.detach().index_select(0, off)) if len(off) else None
 
     def after_step(self):
         super().after_step()
-        if self._still: self.regularizer.theta.data[self._still[0]] = self._still[1]
+        if self._still: self.regularizer.theta.data.index_copy_(0, *self._still)
 
 # %% ../../nbs/12_callback.regularizer.ipynb #e2851f7e
 class _ThetaLast:

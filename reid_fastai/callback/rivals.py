@@ -134,9 +134,10 @@ class L2SPRegularizer(L2Regularizer):
 
     def forward(self)->torch.Tensor: # Scalar
         "Penalty of the trainable arrays"
+        self.starts = [s if s is None else s.to(w) for w,s in zip(self.arrays, self.starts)]  # `fit` may have moved the arrays
         on = self.active()
         if not on.any(): return 0*self.factors.sum()
-        ds = [w if s is None else w-s.to(w) for w,s,o in zip(self.arrays, self.starts, on) if o]
+        ds = [w if s is None else w-s for w,s,o in zip(self.arrays, self.starts, on) if o]
         return torch.stack(torch._foreach_norm(ds)).square() @ self.factors[on.to(self.factors.device)].to(ds[0].device)
 
 class L2SP(L2Callback):

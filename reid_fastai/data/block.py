@@ -62,6 +62,7 @@ class ImageMemory:
         paths:list # Image files
     ) -> torch.Tensor|None: # (n,) long; None if one of the files is not in memory
         "Row numbers of `paths` in `x`"
+        if self.x.device.type!='cpu' and get_worker_info(): return None  # a loader process cannot read a GPU
         try: return torch.tensor([self.index[p] for p in paths], dtype=torch.long)
         except KeyError: return None
 
@@ -299,7 +300,8 @@ def from_splits(cls:ReIDDataLoaders,
     _check_memory('a batch of floats', max(sampler.bs, min(val_bs, len(test_df))), size, 12, 'or pass smaller batches by n_pids, n_imgs and val_bs')
     if in_memory: _check_memory('in_memory=True', len(df), size, 3, 'or leave `in_memory` out')
     device = _own_gpu(device)
-    gpu = torch.device('cpu') if num_workers else torch.device(ifnone(device, default_device()))  # loader processes do not see a GPU
+    own = torch.device(ifnone(device, default_device()))
+    gpu = torch.device('cpu') if num_workers else own  # loader processes do not see a GPU
     kept,at = (len(df),'cpu') if in_memory else (0,None) if in_memory is False else _place(len(parts[0]), len(df), size, gpu)
     mem = ImageMemory(df.path[:kept], size, device=at) if kept else None
     if kept<len(df): _decode_all(list(df.path[kept:]), size, noop, 'Checking images')  # an unreadable test image would otherwise be found only after training
@@ -308,7 +310,7 @@ def from_splits(cls:ReIDDataLoaders,
                        batch_tfms=ifnone(batch_tfms, reid_augs(round(10*size[1]/128))))
     workers = [ifnone(num_workers, 0 if kept>=n else min(16, os.cpu_count() or 1)) for n in (len(parts[0]), len(df))]
     dls = dblock.dataloaders(df, path=path, bs=sampler.bs, val_bs=val_bs, device=device,
-                             dl_kwargs=[dict(o, num_workers=w, pin_memory=w>0 and gpu.type=='cuda') for o,w in zip((dict(sampler=sampler),{}), workers)])
+                             dl_kwargs=[dict(o, num_workers=w, pin_memory=w>0 and own.type=='cuda') for o,w in zip((dict(sampler=sampler),{}), workers)])
     res = cls(*dls.loaders, path=path, device=dls.device)
     res.splits,res.test_df,res.size = splits,test_df,tuple(size)
     return res

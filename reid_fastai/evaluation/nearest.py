@@ -9,16 +9,12 @@ __all__ = ['nearest']
 import torch
 from fastcore.all import *
 
-from .distances import Distances,TopK,_unit
+from .distances import Distances,TopK,_unit,full_precision
 
 # %% ../../nbs/09a_evaluation.nearest.ipynb #64487e3a
 def _fast(q, g):
-    "`q @ g.T` in float32, in any order of summation, whatever precision or autocast the user has set for training"
-    old = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('highest')
-    try:
-        with torch.autocast(q.device.type, enabled=False): return q@g.T
-    finally: torch.set_float32_matmul_precision(old)
+    "`q @ g.T` in float32, in any order of summation"
+    with full_precision(q.device): return q@g.T
 
 def _keys(q, g, size, metric):
     "What orders rows `g` for queries `q` (n, d), (n, m), and the largest error of it for each query (n, 1); `size` are the norms of `g`"
