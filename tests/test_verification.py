@@ -199,9 +199,9 @@ def test_stored_with_the_model(stored):
     assert len(pd.read_csv(folder/'verification.csv'))==len(v.roc())
 
 @pytest.mark.parametrize('change,words', [
-    (lambda o: {**o, 'eer': 0.}, 'damaged'), (lambda o: {k: v for k,v in o.items() if k not in ('eer','sha256')}, 'does not hold'),
-    (lambda o: {'mAP': 80.}, 'does not hold'), (lambda o: [], 'damaged'), (lambda o: {**{k: v for k,v in o.items() if k!='sha256'}, 'thresholds': {'0.001': 3.}}, 'does not hold'),
-    (lambda o: {**{k: v for k,v in o.items() if k!='sha256'}, 'thresholds': {'0.001': {'threshold': 'x', 'tar': 1.}}}, 'does not hold'),
+    (lambda o: {**o, 'eer': 0.}, 'damaged'), (lambda o: {k: v for k,v in o.items() if k not in ('eer','sha256')}, 'is not a file of'),
+    (lambda o: {'mAP': 80.}, 'is not a file of'), (lambda o: [], 'damaged'), (lambda o: {**{k: v for k,v in o.items() if k!='sha256'}, 'thresholds': {'0.001': 3.}}, 'is not a file of'),
+    (lambda o: {**{k: v for k,v in o.items() if k!='sha256'}, 'thresholds': {'0.001': {'threshold': 'x', 'tar': 1.}}}, 'is not a file of'),
     (lambda o: {**{k: v for k,v in o.items() if k!='sha256'}, 'model': '0'*64}, 'another model')])
 def test_damaged_or_foreign(stored, change, words):
     path = stored[0]/'verification.json'
