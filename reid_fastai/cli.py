@@ -76,9 +76,9 @@ def _resumed(run, chosen):
 # %% ../nbs/21_cli.ipynb #c11e0000
 def _check_used(cfg):
     "Raise `ValueError` if a strength was chosen that the regulariser does not use"
+    plain = RunConfig(recipe=cfg.recipe, arch=cfg.arch)
     for k,used in dict(amplitude=('adaptive','auto'), factor=('conventional',)).items():
-        default = getattr(RunConfig(recipe=cfg.recipe, arch=cfg.arch), k)
-        if cfg.l2 not in used and getattr(cfg, k)!=default: raise ValueError(f'--{k} {getattr(cfg, k):g}: --l2 {cfg.l2} does not use it. It is for --l2 {" and --l2 ".join(used)}; leave it out.')
+        if cfg.l2 not in used and getattr(cfg, k)!=getattr(plain, k): raise ValueError(f'--{k} {getattr(cfg, k):g}: --l2 {cfg.l2} does not use it. It is for --l2 {" and --l2 ".join(used)}; leave it out.')
 
 @command(pos=['data'])
 @delegates(RunConfig, but=['curve'])

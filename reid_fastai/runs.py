@@ -139,8 +139,9 @@ def make_learner(
     "Build the learner of `cfg`"
     batch_part(cfg.n_pids, cfg.n_imgs, ranks.rank, ranks.n)
     device = check_device(device)
-    precision = check_precision(cfg.precision, ifnone(device, default_device()))
-    if cfg.compile: check_compiler(ifnone(device, default_device()))
+    own = ifnone(device, default_device())
+    precision = check_precision(cfg.precision, own)
+    if cfg.compile: check_compiler(own)
     parts = hold_out(splits, cfg.val_pids, cfg.seed) if cfg.val_pids else splits
     set_seed(cfg.seed)
     net = build_net(cfg, parts.train.pid[lambda o: o!=JUNK_PID].nunique())

@@ -4,13 +4,13 @@ from functools import partial
 
 import numpy as np, pandas as pd, pytest, torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from fastai.basics import *
 from fastai.callback.all import *
 from fastai.tabular.all import TabularDataLoaders, tabular_learner, Normalize, Categorify
 from fastai.vision.all import ImageBlock, CategoryBlock, DataBlock, vision_learner
 from torch import nn
 
-from forks import fork
 from reid_fastai.callback.arrays import ArrayHistory
 from reid_fastai.callback.regularizer import *
 from reid_fastai.callback.rotation import AutoL2, RotationControl
@@ -480,7 +480,6 @@ def _gradients(rank, frozen):
     return [p.grad.tolist() for p in m.parameters() if p.grad is not None]
 
 def _worker(rank, port, d):
-    torch.set_num_threads(1)  # the threads of the parent do not exist in a fork
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     dist.init_process_group('gloo', rank=rank, world_size=2)
     (d/f'{rank}.json').write_text(json.dumps([_gradients(rank, frozen) for frozen in (False,True)]))
@@ -490,8 +489,7 @@ def test_two_processes_agree(tmp_path):
     "On the gradients, of a network that is trained and of one that is frozen, where only θ has one"
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    pids = [fork(_worker, rank, port, tmp_path) for rank in range(2)]
-    assert [os.waitpid(p, 0)[1] for p in pids]==[0,0]
+    mp.spawn(_worker, (port, tmp_path), nprocs=2)
     a,b = (json.loads((tmp_path/f'{rank}.json').read_text()) for rank in range(2))
     assert a==b and [len(o) for o in a]==[3,1]
 

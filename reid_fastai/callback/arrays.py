@@ -36,7 +36,9 @@ class ArrayHistory(PlainErrors, Callback):
     def _detach(self): self._learn = None
 
     def _build(self, learn):
-        self._follow(new) if self._keeps(new := L2Regularizer(learn.model, 0.)) else self._use(new)
+        new = L2Regularizer(learn.model, 0.)
+        if self._keeps(new): self._follow(new)
+        else: self._use(new)
 
     def _follow(self, new): "Move λ to the device of the arrays, which `fit` may have moved"; self.regularizer.to(new.arrays[0].device)
 

@@ -105,7 +105,8 @@ def _read(self:Checkpoint): return load_plain(unseal(self.file), self.file) if s
 
 @patch
 def _restore(self:Checkpoint):
-    (state,self.state),device = (self.state,None),next(self.learn.model.parameters()).device
+    state,self.state = self.state,None
+    device = next(self.learn.model.parameters()).device
     self.opt.load_state_dict({k: L(to_device(v, device)) for k,v in state['opt'].items()})
     smooth = self.recorder.smooth_loss
     smooth.count,smooth.val = state['smooth']

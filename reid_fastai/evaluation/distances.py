@@ -40,17 +40,15 @@ def full_precision(
     device:torch.device # Device of the products
 ):
     "Context in which products have the full precision of their dtype, whatever precision or autocast is set for training"
-    parts = [o for o in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if hasattr(o, 'fp32_precision')]
+    old,newer = None,{}
     try: old = torch.get_float32_matmul_precision()
-    except RuntimeError: old = None  # the precision was set with PyTorch's newer `fp32_precision`
-    new = [o.fp32_precision for o in parts]
+    except RuntimeError: newer = {o: o.fp32_precision for o in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)}  # it was set with PyTorch's newer names
     torch.set_float32_matmul_precision('highest')
     try:
         with torch.autocast(device.type, enabled=False): yield
     finally:
-        if old is not None: torch.set_float32_matmul_precision(old)
-        else:
-            for o,v in zip(parts, new): o.fp32_precision = v
+        if old: torch.set_float32_matmul_precision(old)
+        for o,v in newer.items(): o.fp32_precision = v
 
 def _product(a, b):
     "`a @ b.T` in full precision"
