@@ -15,7 +15,7 @@ from fastcore.all import *
 from .callback.arrays import ArrayHistory
 from .callback.precision import check_precision
 from .callback.regularizer import AdaptiveL2,AnnealedL2,ConventionalL2
-from .callback.resize import check_first_epochs
+from .callback.resize import check_first_epochs,check_first_size
 from .callback.rivals import AWD,CPR,CautiousL2,DecoupledL2,L2SP
 from .callback.rotation import AutoL2,RotationControl
 from .core import check_share
@@ -133,10 +133,8 @@ def _check_first(self:RunConfig):
     if self.first_size is None:
         if self.first_epochs: raise ValueError(f'first_epochs={self.first_epochs}: `first_size` says the size that these epochs have. Give both, or neither.')
         return
-    size = lambda o: f'{o[0]}x{o[1]}'
-    if self.recipe not in ('quick','laptop'): raise ValueError(f'first_size={size(self.first_size)}: recipe={self.recipe} has a schedule of its own. Choose recipe=laptop or quick.')
-    if any(s>f for s,f in zip(self.first_size, self.size)):
-        raise ValueError(f'first_size={size(self.first_size)}: it must be smaller than size={size(self.size)}. Choose a larger size, or one size for all epochs: recipe=quick without first_size.')
+    if self.recipe not in ('quick','laptop'): raise ValueError(f'first_size={"x".join(map(str, self.first_size))}: recipe={self.recipe} has a schedule of its own. Choose recipe=laptop or quick.')
+    if self.first_size!=self.size: check_first_size(self.first_size, self.size)  # equal sizes, which earlier versions allowed, are refused by `build_net`, so that those runs can be read
     check_first_epochs(self.first_epochs, self.epochs)
 
 # %% ../nbs/18a_config.ipynb #252a3362

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JUNK_PID', 'DISTRACTOR_PID', 'ranks', 'brief', 'check_int', 'check_share', 'number_files', 'ReIDSplits',
            'count_matches', 'check_search', 'check_protocol', 'progress', 'free_memory', 'keep_freed_memory', 'unwrap',
-           'mean_of_mirrored', 'plain_errors', 'DivergedError', 'PlainErrors']
+           'mean_of_mirrored', 'plain_errors', 'DivergedError', 'PlainErrors', 'Attached']
 
 # %% ../nbs/00_core.ipynb #6138b7d1
 import ctypes,os,re,sys
@@ -294,3 +294,16 @@ class PlainErrors:
             # fastai's `validate` and `get_preds` keep their lock if this event fails, and the next call would wait forever
             if event_name=='before_fit' and self.learn is not None and self.learn.lock.locked(): self.learn.lock.release()
             raise
+
+# %% ../nbs/00_core.ipynb #1a16bd7b
+class Attached:
+    "Base class of callbacks that act when a learner gets or loses them; place it before fastai's `Callback`"
+    _learn = None
+    @property
+    def learn(self): return self._learn
+    @learn.setter
+    def learn(self, learn):
+        if learn is None: self._detach()
+        else: self._attach(learn)
+    def _attach(self, learn): "A learner gets the callback; override it to do more"; self._learn = learn
+    def _detach(self): "The learner loses the callback; override it to do more"; self._learn = None

@@ -14,7 +14,7 @@ from PIL import Image
 from fastcore.all import *
 from . import __version__
 from .core import mean_of_mirrored,progress,unwrap
-from .data.block import read_image
+from .data.image import image_list,read_image
 from .files import load_tensors,save_tensors
 from .models import ReIDNet,build_reid_net,methods
 from .portable import Portable,is_portable,read_portable
@@ -90,8 +90,7 @@ class Embedder:
     ) -> torch.Tensor: # (n, `n_features`) float32 on the CPU, not normalised
         "Embed `images`"
         def embed(o): return self._embed(torch.from_numpy(np.stack([read_image(i, self.size) for i in o])), flip)
-        if isinstance(images, (str,Path,bytes,np.ndarray,Image.Image)): images = [images]
-        batches = list(chunked(images, bs))
+        batches = list(chunked(image_list(images), bs))
         if not batches: return torch.empty(0, self.net.n_features)
         return torch.cat([embed(o) for o in (progress(batches, 'Embedding') if len(batches)>1 else batches)])
 

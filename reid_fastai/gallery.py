@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.all import *
-from PIL import Image
 from . import __version__
 from .core import brief,check_int,free_memory,progress
 from .data.boxes import _box,_columns,_floats,_name_of,check_boxes,column_values,crop_boxes
+from .data.image import image_list
 from .evaluation.distances import as_feats,check_metric
 from .evaluation.nearest import nearest
 from .export import load_embedder
@@ -130,10 +130,7 @@ def _embed(self:Gallery, images, boxes=None):
         thumbs += map(thumbnail, o)
     return self._vectors(torch.cat(feats), 'images'),thumbs
 
-def _as_list(images):
-    "`images` as a list; a single image becomes a list of one, a tensor is kept"
-    if isinstance(images, (str,Path,bytes,Image.Image)) or isinstance(images, np.ndarray) and images.ndim<4: return [images]
-    return images if isinstance(images, torch.Tensor) else list(images)
+def _images(o): return o if isinstance(o, torch.Tensor) else image_list(o)  # a tensor holds embeddings
 
 @patch
 def add(self:Gallery,
@@ -142,7 +139,7 @@ def add(self:Gallery,
 ) -> Gallery: # The same gallery
     "Embed images and add them, all or none"
     import pyarrow as pa
-    images = _as_list(images)
+    images = _images(images)
     n = len(images)
     if not n: raise ValueError('No images to add: the list is empty.')
     if 'path' not in columns: columns['path'] = [os.path.abspath(o) if isinstance(o, (str,Path)) else None for o in images]
@@ -222,7 +219,7 @@ def search(self:Gallery,
     pid:list|str|int|None=None # Identities in the photos, if known: one per photo, or one for all
 ) -> SearchResults: # The found images of each photo, nearest first
     "Find the nearest images of each photo"
-    images = _as_list(images)
+    images = _images(images)
     if not len(images): raise ValueError('No photos to search with: the list is empty.')
     queries = pd.DataFrame(dict(path=[str(o) if isinstance(o, (str,Path)) else None for o in images], pid=column_values('pid', pid, len(images))), dtype=object)
     if exact: v,size,row_ids = self._load()
@@ -286,4 +283,5 @@ def threshold(self:Gallery,
     far:float=1e-3 # False accept rate: share of the image pairs of different people that count as the same person
 ) -> float: # Distance; `SearchResults.same` takes it
     "Threshold for pairs that `reid-eval --verify` has measured for the gallery's model"
-    return read_threshold(self.model_file, self.meta['model'], self.metric, far)
+    self._check_model(self.model_file)
+    return read_threshold(self.model_file, self.metric, far)

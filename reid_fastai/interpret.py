@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from .callback.evaluation import _test_df
 from .core import brief,unwrap
-from .data.image import open_image
+from .data.image import image_list,open_image
 from .evaluation.metrics import RetrievalResults
 from .learner import ReIDLearner
 
@@ -157,7 +157,7 @@ def plot_activations(self:ReIDLearner,
     if items is None:
         queries = _test_df(self.dls)[lambda o: o.split=='query']
         items = queries.iloc[np.linspace(0, len(queries)-1, min(n, len(queries))).astype(int)]
-    if isinstance(items, (str,Path)): items = [items]
+    if not isinstance(items, pd.DataFrame): items = image_list(items)
     if not len(items): raise ValueError('No images to draw: `items` is empty or `n` is 0. Pass at least one image.')
     x = torch.cat([b[0] for b in self.dls.test_dl(items)])
     maps = torch.cat([activation_maps(self.model, o) for o in x.split(64)]).cpu()

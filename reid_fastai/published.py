@@ -13,7 +13,7 @@ from fastai.callback.training import BnFreeze
 from fastai.learner import Learner
 from fastcore.all import *
 
-from .core import PlainErrors
+from .core import Attached,PlainErrors
 from .data.augment import EraseEach,reid_augs
 from .losses import *
 from .models.net import PublishedRecipe,methods
@@ -65,19 +65,16 @@ def published_lr(
     return lr*(1+cos(pi*at/r.epochs))/2 if r.schedule=='cosine' else lr*r.gamma**sum(at>=m for m in r.milestones)
 
 # %% ../nbs/15b_published.ipynb #dcefe012
-class ErasingFrom(PlainErrors, Callback):
+class ErasingFrom(PlainErrors, Attached, Callback):
     "Start random erasing at a given epoch"
-    erase,_learn = None,None
+    erase = None
     def __init__(self,
         epoch:int # First epoch with random erasing, from 0
     ): self.first = epoch
 
-    @property
-    def learn(self): return self._learn
-    @learn.setter
-    def learn(self, learn):
-        if learn is None: self._restore()  # also after an interruption, which `after_fit` does not follow
-        self._learn = learn
+    def _detach(self):
+        self._restore()  # also after an interruption, which `after_fit` does not follow
+        super()._detach()
 
     def _restore(self):
         if self.erase is not None: self.erase.p,self.erase = self.p,None

@@ -24,6 +24,7 @@ from .callback.history import *
 from .callback.history import _penalised
 from .callback.precision import *
 from .callback.regularizer import L2Callback,find_l2
+from .callback.resize import check_first_size
 from .config import *
 from .core import *
 from .data.block import *
@@ -111,7 +112,7 @@ def build_net(
     n_classes:int=1 # Number of training identities
 ) -> ReIDNet:
     "Build the network of `cfg`; raise `ValueError` if weights are missing or the images are too small for the network or its regions, or the first epochs have no smaller ones"
-    if cfg.first_size==cfg.size: raise ValueError(f'first_size={"x".join(map(str, cfg.first_size))}: it must be smaller than size. Choose a larger size, or one size for all epochs: recipe=quick without first_size.')
+    if cfg.first_size: check_first_size(cfg.first_size, cfg.size)
     net = build_reid_net(cfg.arch, n_classes, regions=cfg.regions, pretrained=cfg.weights, size=cfg.size).eval()
     with torch.no_grad():
         for size in filter(None, (cfg.size, cfg.first_size)): net(torch.zeros(1, 3, *size))

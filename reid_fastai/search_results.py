@@ -18,7 +18,8 @@ from PIL import Image,ImageDraw,ImageFont,ImageOps
 from .core import brief
 from .data.boxes import _box
 from .data.image import open_image
-from .files import atomic_write,read_json
+from .evaluation.verification import read_verification
+from .files import atomic_write,model_file
 from .interpret import _right,_wrong
 
 # %% ../nbs/18d_search_results.ipynb #9161fded
@@ -73,26 +74,19 @@ def same(self:SearchResults,
 
 # %% ../nbs/18d_search_results.ipynb #0d5044da
 def read_threshold(
-    model:str|Path, # Model file; `verification.json` is in the same folder
-    sha256:str, # Checksum of the model file
+    model:str|Path, # Run folder, or model file with `verification.json` beside it
     metric:str, # 'cosine' or 'euclidean'
     far:float=1e-3 # False accept rate, one of those in the file
 ) -> float: # Threshold, a distance
-    "Read a threshold that `reid-eval --verify` has measured for a model"
-    file = Path(model).with_name('verification.json')
-    cmd = f'reid-eval {brief(file.parent if Path(model).name=="model.safetensors" else model, 60)}'
-    if not file.exists(): raise ValueError(f'{brief(file, 100)} does not exist, so no threshold is known. Measure it: {cmd} --verify')
-    v = read_json(file)
-    if v.get('model')!=sha256: raise ValueError(f'{brief(file, 100)} is of another model than the gallery. Move it to another folder, and measure anew: {cmd} --verify')
-    again = ' '.join(L(cmd, v.get('data') and brief(v['data'], 60), '--verify', metric!='cosine' and f'--metric {metric}').filter())
-    if not v.get('flip', True): raise ValueError(f'{brief(file, 80)} was measured with --no-flip, and galleries average embeddings over image and mirror image. Measure it anew: {again}')
-    if v.get('metric')!=metric: raise ValueError(f'{brief(file, 90)} has thresholds for {brief(v.get("metric"), 20)} distances, and the gallery has {metric}. Measure it anew: {again}')
-    try:
-        known = {float(k): float(o['threshold']) for k,o in v['thresholds'].items()}
-        far = float(far)
-    except (KeyError, TypeError, ValueError, AttributeError): raise ValueError(f'{brief(file, 100)} holds no thresholds. Measure it anew: {again}') from None
+    "Read a threshold that `reid-eval --verify` has measured for a model, to use with embeddings averaged over image and mirror image"
+    v,file = read_verification(model),model_file(model)
+    run,file = file.parent if file.name=='model.safetensors' else model,brief(file.with_name('verification.json'), 80)
+    again = ' '.join(L('reid-eval', brief(run, 60), v['data'] and brief(v['data'], 60), '--verify', metric!='cosine' and f'--metric {metric}').filter())
+    if not v['flip']: raise ValueError(f'{file} was measured with --no-flip, and galleries average embeddings over image and mirror image. Measure it anew: {again}')
+    if v['metric']!=metric: raise ValueError(f'{file} has thresholds for {brief(v["metric"], 20)} distances, and the gallery has {metric}. Measure it anew: {again}')
+    known = {float(k): o['threshold'] for k,o in v['thresholds'].items()}
     if (res := first(t for k,t in known.items() if np.isclose(k, far, rtol=1e-6, atol=0))) is None:
-        raise ValueError(f'far={far:g}: {brief(file, 50)} has thresholds for {", ".join(f"{o:g}" for o in known)}. Choose one of them, or measure it: {again} --far {far}')
+        raise ValueError(f'far={far:g}: {file} has thresholds for {", ".join(f"{o:g}" for o in known)}. Choose one of them, or measure it: {again} --far {far}')
     if not np.isfinite(res): raise ValueError(f'far={far:g}: too few pairs were measured for a threshold at this rate. Choose a higher one of {", ".join(f"{o:g}" for o in known)}.')
     return res
 

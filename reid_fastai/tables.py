@@ -59,13 +59,13 @@ def paper_table(
 
 def _paper_run(out, root, l2, arch, layout, options, device, workers):
     "Results of one run, or the reason for skipping"
-    try: data = layout.find(root)
-    except ValueError as e: return f'skipped: {layout.name} was '+('found more than once' if ' datasets of layout ' in str(e) else 'not found')
-    cfg = RunConfig(data, 'paper', arch=arch, l2=l2, rerank=True, **options)
+    found = layout.roots(root)
+    if len(found)!=1: return f'skipped: {layout.name} was '+('found more than once' if found else 'not found')
+    cfg = RunConfig(found[0], 'paper', arch=arch, l2=l2, rerank=True, **options)
     try: build_net(cfg)
     except ValueError as e: return f'skipped: {first(str(e).split(": "))}'
     print(f'\n{l2} {arch} {layout.name}')
-    return train_run(out/f'{layout.name}-{arch}-{l2}-seed{cfg.seed}', layout(data), cfg, device, workers)
+    return train_run(out/f'{layout.name}-{arch}-{l2}-seed{cfg.seed}', layout(found[0]), cfg, device, workers)
 
 # %% ../nbs/20b_tables.ipynb #9c38793d
 #: Other methods of the paper's table: name -> (name in `methods`, None if it is not available; (mAP, Rank-1) on Market-1501, DukeMTMC-reID and MSMT17)

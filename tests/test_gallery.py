@@ -273,12 +273,16 @@ def test_page_in_a_browser(home, data, tmp_path_factory):
         assert marks==['' if pd.isna(o) else '✓' if o else '✗' for o in res.df.match] and set(marks)=={'✓','✗',''}
         assert not browser.errors and {o for o in browser.urls if not o.startswith('data:')}=={f'{browser.base}/f.html'}
 
+def keep_thresholds(folder, sha, known):
+    "What `reid-eval --verify` writes"
+    write_json(folder/'verification.json', dict(flip=True, model=sha, metric='cosine', data='', n_match=9, n_nonmatch=99, eer=.1, thresholds={k: dict(threshold=t, tar=.5) for k,t in known.items()}, dir={}))
+
 def test_same_or_not(home, data):
     sha = hashlib.sha256((home/'run'/'model.safetensors').read_bytes()).hexdigest()
     photo = str(sorted((data/'query').glob('*.jpg'))[0])
     plain = reid_search(home/'people', [photo], k=5, quiet=True)
     d = float(plain.df.distance[2])
-    write_json(home/'run'/'verification.json', dict(model=sha, metric='cosine', thresholds={'0.01': dict(threshold=2*d), '0.001': dict(threshold=d, low=0, high=d, tar=.5)}))
+    keep_thresholds(home/'run', sha, {'0.01': 2*d, '0.001': d})
     res = reid_search(home/'people', [photo], k=5, model=home/'run', same=True, quiet=True)
     assert res.df.same.tolist()==[True]*3+[False]*2 and 'false accept rate 0.001' in res.how
     assert reid_search(home/'people', [photo], k=5, model=home/'run', same=True, far=1e-2, quiet=True).df.same.all()
@@ -348,7 +352,7 @@ BAD = {
     'far is 0':            ('reid-search people photo.jpg --same --far 0', 'far=0'),
     'far for nothing':     ('reid-search people photo.jpg --far 0.01', 'only with `--same`'),
     'same unknown':        ('reid-search people photo.jpg --same', 'reid-eval'),
-    'same of another':     ('reid-search people2 photo.jpg --same', 'is of another model'),
+    'same of another':     ('reid-search people2 photo.jpg --same', 'belongs to another model'),
     'photo replaced':      ('reid-search people photo.jpg --png photo.jpg', 'would be replaced'),
     'html is a folder':    ('reid-search people photo.jpg --html run', 'is a folder'),
 }
@@ -377,7 +381,7 @@ def bad_home(made, files, tmp_path_factory):
     shutil.rmtree(d/'gone')
     make_model(d/'run2'/'model.safetensors', 2)
     Gallery.create(d/'run2', d/'people2').add(files[:12])
-    write_json(d/'run2'/'verification.json', dict(model='0'*64, metric='cosine', thresholds={'0.001': dict(threshold=.1)}))
+    keep_thresholds(d/'run2', '0'*64, {'0.001': .1})
     lancedb.connect(d/'table').create_table('images', [dict(a=1)])
     (d/'outside.csv').write_text('path,x1,y1,x2,y2\nphoto.jpg,0,0,8,8\nphoto.jpg,0,0,500,8\n')
     (d/'no_x1.csv').write_text('path,y1,x2,y2\nphoto.jpg,0,8,8\n')

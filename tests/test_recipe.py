@@ -176,7 +176,7 @@ def test_laptop_recipe(splits):
 def test_size_of_the_loaders_is_not_smaller():
     from reid_fastai.test_utils import tiny_dls, tiny_learner
     learn = tiny_learner(tiny_dls())
-    with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match='the first epochs need smaller ones'): learn.fit_progressive(2, 1e-3, learn.dls.size, 1)
+    with learn.no_bar(), learn.no_logging(), pytest.raises(ValueError, match='it must be smaller than size'): learn.fit_progressive(2, 1e-3, learn.dls.size, 1)
 
 def test_first_epochs_see_small_images():
     "Whole images shrunk, with shifts of the same share; what evaluation sees keeps its size"

@@ -12,28 +12,17 @@ import torch
 from fastai.callback.core import Callback
 from fastcore.all import *
 
-from ..core import PlainErrors
+from ..core import Attached,PlainErrors
 from ..regularizers import *
 from ..rotation import turned_angles
 
 # %% ../../nbs/11a_callback.arrays.ipynb #fb544f83
-class ArrayHistory(PlainErrors, Callback):
+class ArrayHistory(PlainErrors, Attached, Callback):
     "Record the norm of all parameter arrays and the angle by which a step turns them"
     order,run_valid,every = 200,False,10  # `every`: steps from one measurement to the next
     turns,undecayed = False,False  # whether the callback turns arrays; whether it removes the optimizer's default weight decay
     regularizer = None  # gives names, kinds, arrays, λ and norms
-    _learn = None
     def __init__(self): self._epochs = []
-
-    @property
-    def learn(self): return self._learn
-    @learn.setter
-    def learn(self, learn):
-        if learn is None: self._detach()
-        else: self._attach(learn)
-
-    def _attach(self, learn): self._learn = learn
-    def _detach(self): self._learn = None
 
     def _build(self, learn):
         new = L2Regularizer(learn.model, 0.)

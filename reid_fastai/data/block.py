@@ -21,13 +21,12 @@ from fastai.data.transforms import Categorize,Category,ColReader,IndexSplitter,I
 from fastai.torch_core import TensorCategory,TensorImage,default_device,num_distrib,to_detach
 from fastai.torch_basics import DisplayedTransform
 from fastcore.all import *
-from PIL import Image
 from torch.utils.data import get_worker_info
 
 from ..core import JUNK_PID,ReIDSplits,brief,check_int,check_protocol,free_memory,progress,ranks
 from .augment import reid_augs
 from .datasets import read_dataset,read_numbers
-from .image import read_image
+from .image import image_list,read_image
 from ..distributed import local_rank
 from .sampler import PKSampler,batch_part
 
@@ -347,10 +346,7 @@ def test_dl(self:ReIDDataLoaders,
     "Make a loader of new images"
     if isinstance(test_items, pd.DataFrame): test_items = _absolute(test_items.reset_index(drop=True), self.splits and self.splits.root)
     elif with_labels: raise ValueError(f'with_labels=True needs a DataFrame with `path`, `pid` and `camid`, not {type(test_items)}.')
-    else:
-        one = isinstance(test_items, np.ndarray) and (test_items.ndim==2 or test_items.ndim==3 and test_items.shape[2] in (3,4))
-        if one or isinstance(test_items, (str,Path,bytes,Image.Image)): test_items = [test_items]
-        test_items = L(str(o) if isinstance(o, Path) else o for o in test_items)
+    else: test_items = L(str(o) if isinstance(o, Path) else o for o in image_list(test_items))
     ds = test_set(self.valid_ds, test_items, rm_tfms=0, with_labels=with_labels)
     ds.n_inp = 1
     return self.valid.new(ds, **kwargs)

@@ -66,15 +66,22 @@ def published(self:ReIDLayout):
     return {v: pd.DataFrame(o, index=['images','identities','cameras','distractors','junk']).T for v,o in self._published.items()}
 
 @patch
+def roots(self:ReIDLayout,
+    path:str|Path # Root of a dataset, or the folder that contains roots
+) -> list: # Folders; `path` alone if it is a root itself
+    "Find all datasets of this layout in `path` or its subfolders"
+    path,*subs = _candidates(path)
+    return [path] if self.why_not(path) is None else [o for o in subs if self.why_not(o) is None]
+
+@patch
 def find(self:ReIDLayout,
     path:str|Path # Root of the dataset, or the folder that contains the root
 ) -> Path: # The root
     "Find the root of the dataset in `path` or in one of its subfolders"
-    cands = _candidates(path)
-    if self.why_not(cands[0]) is None: return cands[0]
-    hits = [o for o in cands if self.why_not(o) is None]
+    hits = self.roots(path)
     if len(hits)==1: return hits[0]
     if hits: raise ValueError(f'{brief(path)} contains {len(hits)} datasets of layout {self.name}: {_names(o.name for o in hits)}. Pass one of them.')
+    cands = _candidates(path)
     best = min(cands, key=lambda o: len(self._missing(o)))
     raise ValueError(f'{brief(best, 70)} does not have the layout of {self.name}: {brief(self.why_not(best), 70)}. Found there: {_listing(best)}.{_nor(cands)}')
 
