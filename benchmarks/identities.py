@@ -29,7 +29,8 @@ def subset(splits, n, images, seed):
     pids = rng.permutation(people(splits))[:n]
     rows = train[train.pid.isin(pids)]
     if images: rows = rows.iloc[rng.permutation(len(rows))].groupby('pid').head(images)
-    return ReIDSplits(pd.concat([rows.sort_index(), splits.query, splits.gallery]), f'{splits.name}, {n} training identities', splits.root)
+    df = pd.concat([rows.sort_index(), splits.query, splits.gallery])
+    return ReIDSplits(df if splits.has_cameras else df.drop(columns='camid'), f'{splits.name}, {n} training identities', splits.root)
 
 def untrained(splits, cfg):
     "Figures of the starting model"

@@ -21,7 +21,6 @@ if _in_shell:
         print(f'{Path(sys.argv[0]).stem}: error: The working folder no longer exists. Change to another one, and give the command again.', file=sys.stderr)
         sys.exit(2)
 warnings.filterwarnings('ignore', '.*torch.jit.script', FutureWarning)  # caused by the import of fastai; users cannot change it
-import pandas as pd
 import torch
 from fastcore.all import *
 
@@ -93,7 +92,7 @@ def reid_train(
 ) -> Path: # The run folder
     "Train a Re-ID model, evaluate it, and store everything in a run folder"
     check_device(device)
-    check_workers(workers)
+    if workers is not None: check_int('workers', workers, 0, 1024)
     if resume:
         if out: raise ValueError(f'--out {out}: an interrupted run is resumed in its folder, {resume}. Leave `--out` out.')
         cfg,out = _resumed(resume, dict(kwargs, data=data)),Path(resume)
@@ -236,7 +235,7 @@ def reid_compare(
 ) -> Path: # The folder
     "Compare regularisers over several seeds, all else being equal; prints a table of means and paired differences"
     check_device(device)
-    check_workers(workers)
+    if workers is not None: check_int('workers', workers, 0, 1024)
     if table:
         fixed = dict(data=data, arms=arms, archs=archs, seeds=seeds, factors=factors, amplitudes=amplitudes, strengths=strengths, tune_pids=tune_pids, tune_distractors=tune_distractors)
         return _paper_table(table, root, Path(ifnone(out, 'runs/paper-table')), quiet, fixed, dict(kwargs, seed=seed, device=device, workers=workers))

@@ -14,22 +14,22 @@ import numpy as np
 import torch
 from fastcore.all import *
 
-from .core import JUNK_PID,ReIDSplits
-from .data.block import read_image
+from .data.image import read_image
 from .data.synthetic import make_synthetic
 from .export import load_model,read_meta
 from .files import checksum,model_file,read_bytes
 from .portable import *
-from .runs import load_splits,read_results
+from .results import read_results
+from .runs import load_splits
 from .shell import command
 
 # %% ../nbs/21b_cli_export.ipynb #d8f7e9be
 def _images(splits, size, n):
     "`n` training images, spread evenly over the dataset"
-    df = splits.train[lambda o: o.pid!=JUNK_PID]
+    df = splits.real('train')
     if not len(df): df = splits.df
     rows = df.iloc[np.linspace(0, len(df)-1, min(n, len(df))).round().astype(int)]
-    return torch.from_numpy(np.stack([read_image(Path(ifnone(splits.root, '.'))/o, size) for o in rows.path]))
+    return torch.from_numpy(np.stack([read_image(o, size) for o in splits.files(rows)]))
 
 def _splits(file, data, int8):
     "Dataset for the check: `data`, the dataset of the run, or a rendered one"

@@ -6,10 +6,9 @@
 __all__ = ['recipes', 'RIVALS', 'RunConfig', 'read_config']
 
 # %% ../nbs/18a_config.ipynb #323c17a7
-import math,os
+import os
 from pathlib import Path
 
-from fastai.optimizer import Lamb
 from fastcore.all import *
 
 from .callback.arrays import ArrayHistory
@@ -18,10 +17,11 @@ from .callback.regularizer import AdaptiveL2,AnnealedL2,ConventionalL2
 from .callback.resize import check_first_epochs,check_first_size
 from .callback.rivals import AWD,CPR,CautiousL2,DecoupledL2,L2SP
 from .callback.rotation import AutoL2,RotationControl
-from .core import check_share
+from .core import check_int,check_share
 from .distributed import by_leader
 from .files import read_json
 from .models import resolve_arch
+from .optimizer import lamb
 from .published import find_recipe
 from .regularizers import check_strength
 from .schedules import *
@@ -106,9 +106,7 @@ def _check(self:RunConfig):
     "Raise `ValueError` for invalid options"
     for k,(lo,hi) in {**_bounds, 'regions': (0, self.size[0]//8)}.items():
         v = getattr(self, k)
-        if v is not None and (isinstance(v, bool) or not isinstance(v, int) or not lo<=v<=hi):
-            why = f': an image of {self.size[0]} px can be cut into at most {hi} strips' if k=='regions' else ''
-            raise ValueError(f'{k}={v}: a whole number from {lo} to {hi:,} is needed{why}.')
+        if v is not None: setattr(self, k, check_int(k, v, lo, hi, f', because an image of {self.size[0]} px can be cut into at most {hi} strips' if k=='regions' else ''))
     if not (isinstance(self.lr, (int,float)) and 0<self.lr<=_largest_lr): raise ValueError(f'lr={self.lr}: a positive, finite number is needed, at most {_largest_lr:,}.')
     check_share('val_pids', self.val_pids)
     if self.first_size and self.first_epochs is None: self.first_epochs = _first_epochs(self.epochs)
@@ -152,7 +150,7 @@ def regularizer(self:RunConfig
 @patch(as_prop=True)
 def optimizer(self:RunConfig) -> dict: # `opt_func` for `reid_learner`; empty for its default
     "Arguments for the optimizer, if `l2` names an optimizer"
-    return dict(opt_func=partial(Lamb, mom=.9, sqr_mom=.999, eps=1e-7)) if self.l2=='lamb' else {}
+    return dict(opt_func=partial(lamb, mom=.9, sqr_mom=.999, eps=1e-7)) if self.l2=='lamb' else {}
 
 @patch(as_prop=True)
 def weights(self:RunConfig) -> bool|str: # Argument `pretrained` of `build_reid_net`
@@ -165,6 +163,7 @@ def but(self:RunConfig,
 ) -> RunConfig: # A copy
     "Copy the options with `changes`; `strength` is reset if the regulariser changes, and a default `first_epochs` follows the number of epochs"
     if changes.get('recipe', self.recipe)!=self.recipe: raise ValueError(f'recipe={changes["recipe"]}: these options have the defaults of recipe={self.recipe} already. Make a new `RunConfig`.')
+    if self.recipe=='published' and changes.get('arch', self.arch)!=self.arch: raise ValueError(f'arch={changes["arch"]}: these options are those of the authors of {self.arch}. Make a new `RunConfig`.')
     own = dict(strength=None) if changes.get('l2', self.l2)!=self.l2 else {}
     if self.first_epochs==_first_epochs(self.epochs): own['first_epochs'] = None  # the default for another number of epochs
     return RunConfig(**{**vars(self), **own, **changes})

@@ -23,7 +23,7 @@ from scipy import stats
 
 from .callback.history import _penalised,plot_lambda_hist
 from .config import *
-from .core import DivergedError,ReIDSplits,check_share
+from .core import DivergedError,ReIDSplits,check_int,check_share
 from .data.holdout import *
 from .distributed import *
 from .files import *
@@ -77,7 +77,7 @@ def _check_grids(arms, grids, seeds):
     if odd := [a for a in arms if a not in ALL_ARMS]: raise ValueError(f'arms={odd}: choose from {list(ALL_ARMS)}.')
     if not arms or len(set(arms))<len(arms): raise ValueError(f'arms={list(arms)}: give each arm once.')
     if 'annealed' in arms and 'adaptive' not in arms: raise ValueError("The arm 'annealed' follows the λ of 'adaptive'; add that arm.")
-    if not 0<seeds<=1000: raise ValueError(f'seeds={seeds}: a whole number from 1 to 1,000 is needed.')
+    check_int('seeds', seeds, 1, 1000)
     if len({len(v) for v in grids.values()})>1:
         raise ValueError(f'Different numbers of strengths, {({k: list(v) for k,v in grids.items()})}: give every regulariser the same number of strengths, so that the comparison is fair.')
     for k,v in grids.items():
@@ -152,6 +152,7 @@ def _score(self:Comparison, arm, strength):
     try: return self._train('tune', self.held, arm, self.cfg.seed, strength)['mAP']
     except DivergedError as e:
         warnings.warn(f'{arm} with strength {strength:.4g} counts as mAP 0. {e}')
+        self.rows.append(dict(stage='tune', arm=arm, strength=strength, seed=self.cfg.seed, dataset=self.held.name, mAP=0.))
         return 0.
 
 @patch

@@ -55,11 +55,8 @@ def read_meta(
     return read_portable(path)[0] if is_portable(path) else _read(path)[1]
 
 # %% ../nbs/18_export.ipynb #cb8c1f0a
-def load_model(
-    path:str|Path, # File written by `save_model`
-    device:str|torch.device='cpu' # Device of the network
-) -> ReIDNet: # Network in evaluation mode; it maps images (b, 3, h, w) in [0, 1] to embeddings (b, `n_features`)
-    "Rebuild a network from its file"
+def _load(path, device):
+    "Network in evaluation mode, and metadata"
     arrays,meta = _read(path)
     net = build_reid_net(meta['arch'], meta['n_classes'], meta['regions'], pretrained=False, size=meta['size'] if meta['arch'] in methods else None)
     own = net.state_dict()
@@ -67,7 +64,14 @@ def load_model(
         raise ValueError(f'{path} does not fit the {meta["arch"]} it claims to be: {len(bad)} of {len(own)} arrays are missing, foreign or of '
                          f'another shape, first {bad[0]!r}. It was written by reid_fastai {meta["version"]}, perhaps with another version of timm.')
     net.load_state_dict(arrays)
-    return net.eval().lay_out(device).to(device)
+    return net.eval().lay_out(device).to(device),meta
+
+def load_model(
+    path:str|Path, # File written by `save_model`
+    device:str|torch.device='cpu' # Device of the network
+) -> ReIDNet: # Network in evaluation mode; it maps images (b, 3, h, w) in [0, 1] to embeddings (b, `n_features`)
+    "Rebuild a network from its file"
+    return _load(path, device)[0]
 
 # %% ../nbs/18_export.ipynb #90b6d545
 class Embedder:
@@ -114,4 +118,6 @@ def load_embedder(
     device:str|torch.device='cpu' # Device; for files of `export_net` see `Portable`
 ) -> Embedder: # Embedder; call it with images
     "Load the embedder of a model file"
-    return PortableEmbedder(Portable(path, device)) if is_portable(path) else Embedder(load_model(path, device), read_meta(path)['size'])
+    if is_portable(path): return PortableEmbedder(Portable(path, device))
+    net,meta = _load(path, device)
+    return Embedder(net, meta['size'])

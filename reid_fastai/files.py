@@ -184,6 +184,8 @@ def save_tensors(
 ):
     "Write tensors and metadata with their checksum, as a safetensors file"
     tensors,meta = {k: v.detach().cpu().contiguous() for k,v in tensors.items()},json.loads(json.dumps(meta))
+    ptrs = [v.untyped_storage().data_ptr() for v in tensors.values()]
+    tensors = {k: v.clone() if p in ptrs[:i] else v for i,(p,(k,v)) in enumerate(zip(ptrs, tensors.items()))}  # safetensors refuses tensors that share memory
     atomic_write(path, save(tensors, {_key: json.dumps({**meta, 'sha256': _digest(tensors, meta)})}))
 
 # %% ../nbs/00b_files.ipynb #2ef89226

@@ -21,7 +21,7 @@ from torch import Tensor,nn
 from torch.nn import functional as F
 
 from .callback.evaluation import _test_df
-from .core import brief,unwrap
+from .core import brief,evaluating,unwrap
 from .data.image import image_list,open_image
 from .evaluation.metrics import RetrievalResults
 from .learner import ReIDLearner
@@ -128,7 +128,7 @@ def show_results(self:ReIDLearner,
     df,splits = _test_df(self.dls),self.dls.splits
     res = results or getattr(getattr(self, 'retrieval_metrics', None), 'results', None) or self.retrieval()
     kwargs = {'n': max_n, 'pid_names': splits.pid_names, 'camid_names': splits.camid_names, **kwargs}
-    q,g = ([str(splits.root/o) if splits.root else o for o in df.path[m]] for m in (df.split=='query', df.split=='gallery'))
+    q,g = (splits.files(df[df.split==o]) for o in ('query','gallery'))
     return (plot_worst if worst else plot_ranked)(res, q, g, **kwargs)
 
 # %% ../nbs/17_interpret.ipynb #1053c115
@@ -139,10 +139,7 @@ def activation_maps(
 ) -> Tensor: # (b, h, w), scaled to a maximum of 1 per image
     "Norm of the global branch's features at each position of the image"
     model = unwrap(model)
-    training = model.training
-    with hook_output(model.global_stage) as hook:
-        try: model.eval()(x)
-        finally: model.train(training)
+    with hook_output(model.global_stage) as hook,evaluating(model): model(x)
     maps = F.interpolate(hook.stored.float().norm(dim=1, keepdim=True), x.shape[-2:], mode='bilinear')[:,0]
     return maps/maps.amax((1,2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
 

@@ -15,6 +15,7 @@ from unittest.mock import patch as mock_patch
 
 import torch
 from fastcore.all import *
+from timm.data import IMAGENET_DEFAULT_MEAN,IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.nn import functional as F
 
@@ -24,16 +25,14 @@ from .files import atomic_write,check_writable,checksum,read_bytes
 from .models import ReIDNet
 
 # %% ../nbs/17a_portable.ipynb #d76b1a09
-_mean,_std = (.485,.456,.406),(.229,.224,.225)
-
 #: Pixel formats that an exported network can take, by name
 PIXELS = dict(
     uint8=dict(layout='(b, 3, h, w)', dtype='uint8', colours='RGB', range='0 to 255'),
     unit=dict(layout='(b, 3, h, w)', dtype='float32', colours='RGB', range='0 to 1'),
-    imagenet=dict(layout='(b, 3, h, w)', dtype='float32', colours='RGB', range=f'0 to 1, minus {_mean}, divided by {_std}'),
+    imagenet=dict(layout='(b, 3, h, w)', dtype='float32', colours='RGB', range=f'0 to 1, minus {IMAGENET_DEFAULT_MEAN}, divided by {IMAGENET_DEFAULT_STD}'),
     opencv=dict(layout='(b, h, w, 3)', dtype='uint8', colours='BGR', range='0 to 255'))
 
-def _stats(): return (torch.tensor(o).view(1, 3, 1, 1) for o in (_mean,_std))
+def _stats(): return (torch.tensor(o).view(1, 3, 1, 1) for o in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
 
 def to_pixels(
     x:torch.Tensor, # (b, 3, h, w) uint8, RGB

@@ -36,8 +36,8 @@ def search_rows(
     splits:ReIDSplits # Dataset
 ) -> tuple: # Rows of query and gallery without junk, and the files of their images
     "Queries and gallery images of the protocol"
-    df = splits.df[splits.df.split.isin(['query','gallery']) & (splits.df.pid!=JUNK_PID)].reset_index(drop=True)
-    return df,[Path(ifnone(splits.root, '.'))/o for o in df.path]
+    df = splits.real('query', 'gallery')
+    return df,splits.files(df)
 
 def save_ranked(
     results:RetrievalResults, # Results of a search
@@ -63,6 +63,7 @@ def write_results(
     res:dict # Metrics
 ):
     "Write `results.json`, which marks the run as complete, and remove the checkpoint"
+    out = Path(out)
     write_json(out/'results.json', dict(res, files={o: checksum(read_bytes(out/o)) for o in checked if (out/o).exists()}))
     _remove_means(out)
 

@@ -6,6 +6,7 @@
 __all__ = ['KEEPS', 'turned_angles', 'turn_arrays', 'scale_invariant']
 
 # %% ../nbs/01a_rotation.ipynb #8409beeb
+import random
 from contextlib import contextmanager
 from unittest import mock
 
@@ -97,15 +98,15 @@ def _tensors(o):
     return [t for x in (o.values() if isinstance(o, dict) else o if is_listy(o) else []) for t in _tensors(x)]
 
 @contextmanager
-def _for_testing(model):
-    "Context in which `model` is in training mode, without ε and without zeros; restores parameters, buffers and random numbers"
+def _for_testing(model, train):
+    "Context in which `model` is without ε and without zeros and, if `train`, in training mode; restores parameters, buffers and random numbers"
     state = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
     modes,epss = [(m, m.training) for m in model.modules()],[(m, m.eps) for m in model.modules() if isinstance(getattr(m, 'eps', None), float)]
     devices = list({t.device for t,_ in state if t.device.type=='cuda'})
     with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(0)
         try:
-            model.train()
+            if train: model.train()
             for m,_ in epss: m.eps = 1e-30
             kinds = param_kinds(model)
             for n,w in model.named_parameters():
@@ -117,7 +118,7 @@ def _for_testing(model):
             for m,o in modes: m.training = o
 
 def _halving(names, same):
-    "Names of the arrays that can be doubled; tests all together, then each half"
+    "Names of the arrays that can be scaled; tests all together, then each half"
     if not names or same(names): return names
     if len(names)==1: return []
     k = len(names)//2
@@ -126,9 +127,10 @@ def _halving(names, same):
 def scale_invariant(
     model:nn.Module, # Any model
     *xb, # Inputs of a batch, of which four items are used
-    names:list|None=None # Names of the arrays to test; None: all kernels of two or more axes
+    names:list|None=None, # Names of the arrays to test; None: all kernels of two or more axes
+    train:bool=True # Whether to put the whole model into training mode for the test; False: each module keeps its mode
 ) -> list: # Names of the scale-invariant arrays, in the model's order
-    "Names of the arrays that can be doubled without changing the output in training; arrays of zeros are left out"
+    "Names of the arrays that can be scaled without changing the output in training; arrays of zeros are left out"
     model = unwrap(model)
     ws = dict(model.named_parameters())
     names = [n for n,k in param_kinds(model).items() if (k=='kernel' and ws[n].ndim>1 if names is None else n in names) and ws[n].any()]
@@ -136,12 +138,15 @@ def scale_invariant(
     def out():
         torch.manual_seed(0)  # dropout must drop the same units each time
         return _tensors(model(*xb))
+    rnd = random.Random(0)
     def same(ns):
-        for n in ns: ws[n].mul_(2)
+        fs = [2.**rnd.randint(1, 8) for _ in ns]  # one factor for all would also pass kernels whose outputs are added, which can be scaled together but not alone
+        for n,f in zip(ns, fs): ws[n].mul_(f)
         res = out()
-        for n in ns: ws[n].div_(2)
+        for n,f in zip(ns, fs): ws[n].div_(f)
         return all(torch.allclose(a, b, rtol=0, atol=1e-4*b.abs().max().item()) for a,b in zip(res, base))
     alone = mock.patch.object(nn.SyncBatchNorm, 'forward', nn.modules.batchnorm._BatchNorm.forward)  # one process tests, so it must not wait for others
-    with _for_testing(model), torch.compiler.set_stance('force_eager'), alone:
+    with _for_testing(model, train), torch.compiler.set_stance('force_eager'), alone:
         base = out()
-        return _halving(names, same)
+        for _ in range(3): names = _halving(names, same)  # with new factors each time, because kernels of one sum may get equal ones
+        return names

@@ -15,7 +15,7 @@ from fastcore.all import *
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import *
-from .core import JUNK_PID,ReIDSplits
+from .core import ReIDSplits
 from .data.datasets import *
 from .distributed import by_leader,told
 from .experiments import *
@@ -121,7 +121,7 @@ def compare_archs(
     for arch,o in parts.items():
         print(f'\n{arch}')
         runs = o.run()[lambda df: df.stage=='final']
-        n_params,n_madds = network_costs(o.cfg, splits.train.pid[lambda o: o!=JUNK_PID].nunique())
+        n_params,n_madds = network_costs(o.cfg, splits.n_train_pids)
         table = comparison_table(runs)
         rows.append({'network': arch, 'parameters, M': f'{n_params/1e6:.2f}', 'multiply-adds, M': f'{n_madds/1e6:.0f}', 'images a second': f'{runs.images_per_second.mean():.0f}',
             'untrained mAP': f'{_untrained(o.out, splits, o.cfg, device, workers):.2f}',

@@ -246,7 +246,7 @@ def test_table_of_the_paper_trains_where_it_is_told(monkeypatch, tmp_path, data)
     seen = []
     class Fake:
         name = 'Market-1501'
-        def find(self, root): return data
+        def roots(self, root): return [data]
         def __call__(self, root): return root
     def train(out, splits, cfg, device, workers):
         seen.append((device, workers, cfg.seed))
@@ -264,7 +264,8 @@ def test_a_diverged_strength_counts_as_0(monkeypatch, tmp_path, data):
         return dict(mAP=strength)
     monkeypatch.setattr(Comparison, '_train', train)
     with pytest.warns(UserWarning, match='decoupled with strength 37.5 counts as mAP 0. The loss is nan.'):
-        assert Comparison(tmp_path/'c', read_dataset(data), RunConfig(data), arms=['decoupled'], tune_pids=.25)._strengths()=={'decoupled': 7.5}
+        assert (cmp := Comparison(tmp_path/'c', read_dataset(data), RunConfig(data), arms=['decoupled'], tune_pids=.25))._strengths()=={'decoupled': 7.5}
+    assert [(o['strength'],o['mAP']) for o in cmp.rows]==[(37.5,0.)]  # it is in the table, and counted in the summary
 
 def test_eval_on_other_data_with_kept_features(run, tmp_path, shell):
     "A model, another dataset: the figures of its images, re-ranked too, and again from the kept embeddings unless an image has changed"

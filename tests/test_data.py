@@ -530,6 +530,12 @@ def test_item_transforms_are_not_skipped(dls):
     dls.valid.after_item.add(Black())
     assert first(dls.valid)[0].max()==0
 
+def test_transforms_of_lists_of_images_are_not_skipped(dls):
+    seen = []
+    dls.valid.before_batch.add(Transform(lambda b: seen.append(len(b)) or b))
+    n = len(first(dls.valid)[0])
+    assert seen==[n]
+
 def test_new(dls):
     t = dls.train.new(shuffle=False, drop_last=False, bs=7)
     assert [dls.vocab[o] for b in t for o in b[1].tolist()]==dls.splits.train.pid.tolist() and len(t)==5

@@ -210,6 +210,22 @@ def test_round_trip(tmp_path):
     assert got.per_query().equals(res.per_query()) and repr(got)==repr(res) and got.dists.dtype==res.dists.dtype
     assert all(torch.equal(a, b) for a,b in zip(got.topk(9), res.topk(9)))
 
+def test_saves_features_that_share_memory(tmp_path):
+    f,p,c = torch.rand(6, 4),[1,1,2,2,3,3],[1,2]*3
+    for i,(q,n) in enumerate([(f,6), (f[:2],2), (f[2:4],2)]):
+        res = build(q, p[:n], c[:n], f, p, c)
+        res.save(tmp_path/f'{i}.safetensors')
+        again = RetrievalResults.load(tmp_path/f'{i}.safetensors')
+        assert torch.equal(again.dists.q, res.dists.q) and torch.equal(again.dists.g, res.dists.g)
+
+def test_loads_reranked_results_without_an_import_of_reranking(tmp_path, monkeypatch):
+    res = build(torch.rand(4, 4), [1,1,2,2], [1]*4, torch.rand(8, 4), [1,1,2,2]*2, [2]*8).rerank(2, 1)
+    res.save(tmp_path/'f')
+    read = metrics._readers['RerankedDistances']
+    monkeypatch.delitem(metrics._readers, 'RerankedDistances')
+    monkeypatch.setattr(metrics, 'import_module', lambda name: name==rerank.__name__ and metrics._readers.update(RerankedDistances=read))
+    assert RetrievalResults.load(tmp_path/'f').mAP==res.mAP
+
 @pytest.mark.parametrize('data', [b'', b'\x80\x04K\x01.', b'x'*64])
 def test_load_refuses(data, tmp_path):
     (tmp_path/'r').write_bytes(data)

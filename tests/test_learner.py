@@ -6,6 +6,7 @@ from fastai.basics import CrossEntropyLossFlat, load_learner
 from fastai.callback.all import (Callback, CSVLogger, CutMix, EarlyStoppingCallback, GradientAccumulation, MixUp, ReduceLROnPlateau, SaveModelCallback,
                                  ShowGraphCallback, TrackerCallback)
 from fastai.interpret import ClassificationInterpretation, Interpretation
+from PIL import Image
 from torch import nn
 
 from reid_fastai.callback.all import *
@@ -281,6 +282,7 @@ def test_pictures_of_the_learner(dls, tmp_path):
     assert learn.show_results(queries=[0], k=10*n).shape[1]<=n+1
     learn.model.train()
     assert learn.plot_activations(dls.splits.root/dls.test_df.path[0]).shape==(2,1) and learn.model.training
+    assert learn.plot_activations(Image.open(dls.splits.root/dls.test_df.path[0])).shape==(2,1)
     for f in (lambda: learn.plot_activations([]), lambda: learn.plot_activations(n=0)):
         with pytest.raises(ValueError, match='No images to draw'): f()
     with pytest.raises(ValueError, match='n=0'): learn.show_results(max_n=0)

@@ -207,7 +207,7 @@ def test_unknown_arch():
 @pytest.mark.parametrize('kw', [dict(n_classes=0), dict(n_classes=2.), dict(regions=-1), dict(regions=True)])
 def test_bad_numbers(kw):
     (k,v), = kw.items()
-    with pytest.raises(ValueError, match=f'{k}={v} must be an integer'): build_reid_net('no such thing', **{**dict(n_classes=5), **kw})
+    with pytest.raises(ValueError, match=f'{k}={v}: it must be a whole number'): build_reid_net('no such thing', **{**dict(n_classes=5), **kw})
 
 # --- weights
 

@@ -128,6 +128,24 @@ def test_same_history(cb):
     h = find_l2(a).history
     assert list(h.columns)==['epoch','name','kind','theta','lam','sq_norm','angle','rotates'] and list(h.epoch.unique())==[0,1,2] and h.lam.notna().all()
 
+@pytest.mark.parametrize('cb', [DecoupledL2, CautiousL2, CPR, AWD])
+def test_layer_scales_do_not_decay(cb):
+    class Scaled(nn.Module):
+        def __init__(self): super().__init__(); self.gamma = nn.Parameter(torch.ones(8))
+        def forward(self, x): return self.gamma*x
+    learn = learner(cb())
+    learn.model = nn.Sequential(learn.model[0], Scaled(), learn.model[2])
+    assert [w.ndim for w in find_l2(fit(learn))._kernels()[1]]==[2,2]
+
+def test_awd_with_kernels_of_zeros():
+    learn = learner(AWD(.3))
+    for p in learn.model.parameters(): nn.init.zeros_(p)
+    assert all(p.isfinite().all() for p in fit(learn).model.parameters())
+
+@pytest.mark.parametrize('warm', [-1, 1.5, '1'])
+def test_warm_up_of_whole_epochs(warm):
+    with pytest.raises(ValueError, match='warm=.*it must be a whole number from 0'): CPR(warm=warm)
+
 @pytest.mark.parametrize('make', [lambda: CPR(.5, warm=0), lambda: AWD(.3)])
 def test_state_goes_on(make, tmp_path):
     "λ of an interrupted training comes back from the table"

@@ -1,5 +1,5 @@
 "Rotation control: angles and norms against an oracle in double precision, and in fastai's training loop"
-import pickle, tempfile
+import pickle, tempfile, warnings
 from functools import partial
 
 import numpy as np, pandas as pd, pytest, torch
@@ -13,6 +13,7 @@ from reid_fastai.callback.history import *
 from reid_fastai.callback.precision import ReIDPrecision, supports_precision
 from reid_fastai.callback.regularizer import *
 from reid_fastai.callback.rotation import *
+from reid_fastai.optimizer import lamb
 from reid_fastai.regularizers import *
 from reid_fastai.rotation import *
 from reid_fastai.rotation import _turn_together
@@ -110,6 +111,31 @@ def test_faults_are_found(fault):
     m = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), *mid, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert scale_invariant(m, torch.randn(4, 3, 8, 8))==['0.weight']+['4.weight']*(fault=='bias')
 
+class Block(nn.Module):
+    "A residual block with the norms before the convolutions"
+    def __init__(self, n): super().__init__(); self.norms,self.convs = nn.ModuleList(nn.BatchNorm2d(n) for _ in range(2)),nn.ModuleList(nn.Conv2d(n, n, 3, padding=1, bias=False) for _ in range(2))
+    def forward(self, x):
+        y = x
+        for norm,conv in zip(self.norms, self.convs): y = conv(norm(y).relu())
+        return x+y
+
+def test_kernels_of_a_sum_are_invariant_only_together():
+    "Without a norm after each convolution, all kernels of a residual stream can be doubled together, but none of them alone"
+    torch.manual_seed(0)
+    m,x = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), *[Block(4) for _ in range(4)], nn.BatchNorm2d(4)),torch.randn(4, 3, 8, 8)
+    alone = [n for n,p in m.named_parameters() if p.ndim==4 and scale_invariant(m, x, names=[n])]
+    assert scale_invariant(m, x)==alone==[f'{i}.convs.0.weight' for i in range(1, 5)]
+
+@pytest.mark.parametrize('frozen_too', [False, True])
+def test_kernels_before_frozen_norms(frozen_too):
+    "A frozen norm divides by stored statistics, so its kernel is not scale-invariant; one that is frozen too may be trained later, with its norm"
+    cbs = [RotationControl(.1), BnFreeze()]
+    learn = learner(*cbs)
+    for n,p in learn.model.named_parameters():
+        if isinstance(learn.model.get_submodule(n.rpartition('.')[0]), nn.BatchNorm1d) or frozen_too and n==turning[0]: p.requires_grad_(False)
+    with warnings.catch_warnings(): warnings.simplefilter('ignore'); fit(learn, 1, 'fit', 1e-2)
+    assert learn.rotation_control.names==turning[:frozen_too]
+
 def test_synchronised_norms_do_not_wait(monkeypatch):
     "One process tests alone, and the others would never answer"
     def wait(*args): raise AssertionError('it waits')
@@ -148,7 +174,7 @@ class Watch(Callback):
     @property
     def df(self): return pd.DataFrame(self.rows)
 
-opts = dict(adam=Adam, sgd=partial(SGD, mom=.9), lamb=Lamb, fused=partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True)), ranger=ranger)
+opts = dict(adam=Adam, sgd=partial(SGD, mom=.9), lamb=lamb, fused=partial(OptimWrapper, opt=partial(torch.optim.AdamW, fused=True)), ranger=ranger)
 @pytest.mark.parametrize('opt', opts)
 def test_equal_angles_with_any_optimizer(opt): check_equal_angles(opts[opt])
 

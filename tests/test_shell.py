@@ -10,6 +10,7 @@ from reid_fastai.cli import reid_compare, reid_eval, reid_train
 from reid_fastai.config import RunConfig, read_config
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.files import *
+from reid_fastai.results import write_results
 from reid_fastai.shell import Patient, one_line, run_command
 
 tiny = ['--arch', 'test_resnet', '--pretrained', 'none', '--size', '64x32', '--n-pids', '4', '--epochs', '2', '--steps', '2']
@@ -183,7 +184,16 @@ def test_a_signal_just_after_the_renaming_is_not_hidden(tmp_path, monkeypatch):
 @pytest.mark.parametrize('opt', ['epochs','seed','steps','n_pids','n_imgs','eval_every','frozen_epochs','regions'])
 @pytest.mark.parametrize('v', [-1, 10**20, 1.5, True])
 def test_numbers_have_bounds(opt, v):
-    with pytest.raises(ValueError, match=f'{opt}=.*a whole number from'): RunConfig(**{opt: v})
+    with pytest.raises(ValueError, match=f'{opt}=.*it must be a whole number from'): RunConfig(**{opt: v})
+
+def test_options_of_one_published_network_are_not_those_of_another():
+    cfg = RunConfig(recipe='published', arch='osnet_x1_0')
+    assert cfg.but(arch='osnet_x1_0', epochs=3).epochs==3
+    with pytest.raises(ValueError, match='arch=bat_net: these options are those of the authors of osnet_x1_0'): cfg.but(arch='bat_net')
+
+def test_results_of_a_folder_given_as_text(tmp_path):
+    write_results(str(tmp_path), dict(mAP=1.))
+    assert (tmp_path/'results.json').exists()
 
 @pytest.mark.parametrize('func,args,words', [
     (reid_train, ['--resume', ''], ["resume=''", 'unset']), (reid_train, [''], ["data=''"]), (reid_train, ['--pretrained', ''], ["pretrained=''"]),

@@ -1,4 +1,5 @@
 from .arrays import *
+from .weight_decay import *
 from .regularizer import *
 from .rotation import *
 from .rivals import *

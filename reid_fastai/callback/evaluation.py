@@ -17,7 +17,7 @@ from fastcore.all import *
 from torch import nn
 from torch.utils.data import RandomSampler
 
-from ..core import PlainErrors,mean_of_mirrored,progress,ranks
+from ..core import PlainErrors,check_int,evaluating,mean_of_mirrored,progress,ranks
 from ..distributed import join_parts,my_part
 from ..evaluation.metrics import *
 
@@ -42,15 +42,12 @@ def extract_features(
     dl,feats = _undivided(dl),[]
     if getattr(dl, 'shuffle', False) or isinstance(getattr(dl, 'sampler', None), RandomSampler):
         raise ValueError('The loader draws images in random order, so it would be unknown which image a row of features belongs to. `dls.test_dl(items)` makes one that gives each image once, in order.')
-    device,training = next(model.parameters()).device,model.training
-    model.eval()
-    try:
-        with no_random(reproducible=False):  # a loader draws a seed at each pass, but training must not depend on the number of evaluations
-            mine,shared = _my_batches(dl)
-            for b in progress(mine, 'Extracting features'):
-                x = to_device(b[0], device)
-                feats.append(mean_of_mirrored(model, x, flip).float().cpu().as_subclass(torch.Tensor))
-    finally: model.train(training)
+    device = next(model.parameters()).device
+    with evaluating(model),no_random(reproducible=False):  # a loader draws a seed at each pass, but training must not depend on the number of evaluations
+        mine,shared = _my_batches(dl)
+        for b in progress(mine, 'Extracting features'):
+            x = to_device(b[0], device)
+            feats.append(mean_of_mirrored(model, x, flip).float().cpu().as_subclass(torch.Tensor))
     feats = torch.cat(feats) if feats else None
     if shared: feats = join_parts(feats)
     n = 0 if feats is None else len(feats)
@@ -120,7 +117,7 @@ class RetrievalMetrics(PlainErrors, Callback):
         every:int|None=None, # Epochs between evaluations, in addition to the last epoch; None: only the last epoch
         flip:bool=True # Whether to average the embeddings of an image and its mirror image
     ):
-        if every is not None and (not isinstance(every, int) or every<1): raise ValueError(f'every={every!r} must be a positive number of epochs, or None for only the last.')
+        if every is not None: check_int('every', every, 1)
         store_attr()
         self.mets = [ValueMetric(partial(self._value, o), o) for o in ('mAP','rank1')]
 

@@ -15,6 +15,7 @@ from matplotlib.colors import PowerNorm
 
 from .arrays import ArrayHistory
 from .regularizer import *
+from ..core import brief
 from ..regularizers import KINDS
 
 # %% ../../nbs/13_callback.history.ipynb #946ea1a6
@@ -91,15 +92,13 @@ def plot_lambdas(
         img[start:start+len(names)] = wide.loc[names]/(_of_kind(amplitude, k) if by_kind else 1)
         ax.annotate(f'{k} ({len(names)})', (1.01, start+(len(names)-1)/2), xycoords=('axes fraction','data'), va='center')
     im = ax.imshow(img, aspect='auto', interpolation='nearest', cmap='viridis')  # from the lowest to the highest
-    ax.set_yticks(starts, [_shorten(b[0]) for b in blocks.values()], fontsize='small')
+    ax.set_yticks(starts, [brief(b[0], 26) for b in blocks.values()], fontsize='small')
     ax.xaxis.get_major_locator().set_params(integer=True)
     of = ', '.join(f'{amplitude[k]:g} for {k}' for k in kinds) if by_kind else amplitude
     ax.set(xlabel='epoch', ylabel='array, from input to output', title='λ of each array'+(f' (A = {of})' if amplitude else ''))
     ax.spines[:].set_visible(False)
     ax.figure.colorbar(im, ax=ax, pad=.12).set_label('λ / A' if by_kind else 'λ', rotation=0, labelpad=10)
     return ax
-
-def _shorten(s, n=26): return s if len(s)<=n else '…'+s[-n+1:]
 
 # %% ../../nbs/13_callback.history.ipynb #a9e10002
 def _angles(history, kinds):

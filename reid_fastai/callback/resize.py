@@ -15,8 +15,7 @@ from fastai.torch_basics import TensorImage,Transform
 from fastcore.all import *
 from torch import Tensor
 
-from ..core import PlainErrors,check_int
-from ..data.block import check_size
+from ..core import PlainErrors,check_int,check_size,evaluating
 
 # %% ../../nbs/14d_callback.resize.ipynb #7725b839
 def shrink(
@@ -71,11 +70,9 @@ def _check(self:ProgressiveResize):
     full = getattr(self.dls, 'size', None)
     if full: check_first_size(self.size, full)
     net,device = self.learn.model,first(self.learn.model.parameters()).device
-    was = net.training
     try:
-        with torch.no_grad(): net.eval()(torch.zeros(1, 3, *self.size, device=device))
+        with torch.no_grad(),evaluating(net): net(torch.zeros(1, 3, *self.size, device=device))
     except RuntimeError as e: raise ValueError(f'size={self.size}: the network does not take images of that size ({first(str(e).splitlines())}).') from e
-    finally: net.train(was)
 
 # %% ../../nbs/14d_callback.resize.ipynb #056f4fa5
 def check_first_epochs(

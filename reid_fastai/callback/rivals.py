@@ -12,7 +12,7 @@ from fastai.callback.training import GradientClip
 from fastcore.all import *
 
 from .regularizer import *
-from ..core import unwrap
+from ..core import check_int,unwrap
 from ..regularizers import *
 
 # %% ../../nbs/12b_callback.rivals.ipynb #833e41ad
@@ -40,7 +40,7 @@ class DecayCallback(L2Callback):
     def _kernels(self):
         "Indices, arrays and learning rates of the kernels that the step will change"
         r,lrs = self.regularizer,self._lrs()
-        on = [(i,w) for i,(w,k,o) in enumerate(zip(r.arrays, r.kinds, r.active())) if o and k=='kernel' and w.grad is not None and id(w) in lrs]
+        on = [(i,w) for i,(w,k,o) in enumerate(zip(r.arrays, r.kinds, r.active())) if o and k=='kernel' and w.ndim>1 and w.grad is not None and id(w) in lrs]  # `w.ndim`: layer scales and slopes are no matrices
         return [i for i,_ in on],[w for _,w in on],[lrs[id(w)] for _,w in on]
 
     def restore_history(self, df):
@@ -96,7 +96,7 @@ class CPR(DecayCallback):
     ):
         check_strength('factor', factor, '> 0')
         super().__init__(exclude=exclude)
-        self.factor,self.warm = factor,warm
+        self.factor,self.warm = factor,check_int('warm', warm)
 
     def before_step(self):
         super().before_step()
@@ -179,6 +179,6 @@ class AWD(DecayCallback):
         idx,ws,_ = self._kernels()
         if not ws: return
         norm = lambda ts: torch.stack(torch._foreach_norm(ts)).norm()
-        lam = self.regularizer.factors
-        lam[idx] = .1*lam[idx] + .9*self.ratio*norm([w.grad for w in ws])/norm(ws)
+        lam,size = self.regularizer.factors,norm(ws)
+        lam[idx] = torch.where(size>0, .1*lam[idx] + .9*self.ratio*norm([w.grad for w in ws])/size, 0.)  # kernels of zeros do not decay
         torch._foreach_add_([w.grad for w in ws], torch._foreach_mul(ws, lam[idx].unbind()))

@@ -14,7 +14,7 @@ from fastcore.all import *
 
 from .arrays import ArrayHistory
 from .regularizer import *
-from .regularizer import _chosen_wd
+from .weight_decay import *
 from ..distributed import by_leader
 from ..regularizers import *
 from ..rotation import *
@@ -34,14 +34,13 @@ class RotationControl(ArrayHistory):
     ):
         super().__init__()
         check_strength('lam', lam, '> 0')
-        if isinstance(lam, dict): raise ValueError(f'lam={lam}: needed one number for all arrays. Choose arrays with `arrays` and `exclude`.')
         if not callable(angle) and angle not in ('sqrt','linear'): raise ValueError(f"angle={angle!r}: needed 'sqrt', 'linear' or a schedule such as SchedCos(.01, 0).")
         if keep not in KEEPS: raise ValueError(f'keep={keep!r}: it must be one of {list(KEEPS)}.')
         store_attr()
 
     def _attach(self, learn):
         super()._attach(learn)
-        self.undecayed = not _chosen_wd(learn)
+        self.undecayed = not chosen_wd(learn)
         if self.undecayed: drop_default_wd(learn)
 
     def _detach(self):
@@ -61,8 +60,13 @@ def _named(self:RotationControl):
 @patch
 def _find(self:RotationControl):
     "Names of the scale-invariant arrays, without `exclude`"
-    with torch.autocast(first(self.regularizer.arrays).device.type, enabled=False): found = scale_invariant(self.learn.model, *self.xb)
-    found = [n for n in found if n in self._named()]
+    model,ws = self.learn.model,dict(zip(self.regularizer.names, self.regularizer.arrays))
+    with torch.autocast(first(ws.values()).device.type, enabled=False):
+        found = [n for n in scale_invariant(model, *self.xb) if n in self._named()]
+        if not all(m.training for m in model.modules()):  # a frozen norm does not divide by the statistics of the batch; arrays that are frozen too may be trained later, with their norms
+            free = [n for n in found if ws[n].requires_grad]
+            kept = scale_invariant(model, *self.xb, names=free, train=False)
+            found = [n for n in found if n not in free or n in kept]
     if not found: warnings.warn('RotationControl turns nothing: no kernel of the network is scale-invariant (followed by a normalisation). Name arrays to turn with `arrays`.')
     return found
 

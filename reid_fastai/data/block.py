@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['ImageMemory', 'ReadImage', 'ItemPath', 'ReIDImageBlock', 'Identify', 'PidBlock', 'Camera', 'CamBlock', 'ReIDDL',
-           'ReIDDataLoaders', 'check_size']
+           'ReIDDataLoaders']
 
 # %% ../../nbs/08_data.block.ipynb #86b2e427
 import os,warnings
 from concurrent.futures import ThreadPoolExecutor
-from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from fastai.torch_basics import DisplayedTransform
 from fastcore.all import *
 from torch.utils.data import get_worker_info
 
-from ..core import JUNK_PID,ReIDSplits,brief,check_int,check_protocol,free_memory,progress,ranks
+from ..core import ReIDSplits,check_int,check_protocol,check_size,free_memory,progress,ranks
 from .augment import reid_augs
 from .datasets import read_dataset,read_numbers
 from .image import image_list,read_image
@@ -206,7 +205,7 @@ def _columns(self:ReIDDL):
     "Memory, and each item's row and targets; None if items must be loaded one by one"
     tls,df = getattr(self.dataset, 'tls', ()),getattr(self.dataset, 'items', None)
     mem = first(f.memory for tl in tls for f in tl.tfms.fs if isinstance(f, ReadImage))
-    if mem is None or not isinstance(df, pd.DataFrame) or not all(isinstance(f, ToTensor) for f in self.after_item.fs): return
+    if mem is None or not isinstance(df, pd.DataFrame) or self.before_batch.fs or not all(isinstance(f, ToTensor) for f in self.after_item.fs): return
     if (rows := mem.rows(df.path)) is None: return
     def targets(tl):
         get,code = tl.tfms.fs  # a column, and the transform that numbers its values
@@ -256,17 +255,6 @@ class ReIDDataLoaders(DataLoaders):
     @property
     def vocab(self): "Identities by class number: `vocab[code]` is the `pid`"; return self.train.dataset.vocab
 
-# %% ../../nbs/08_data.block.ipynb #b1fe73c7
-def check_size(
-    size:tuple, # (height, width) of images, px
-) -> tuple: # (height, width) as two integers
-    "Raise `ValueError` unless `size` is (height, width)"
-    if not (is_listy(size) and len(size)==2 and all(isinstance(o, Integral) and o>0 for o in size)):
-        raise ValueError(f'size={brief(size, 60)}: pass (height, width) in pixels, such as (256,128).')
-    return tuple(map(int, size))
-
-def _absolute(df, root): return df.assign(path=[str(o if root is None else Path(root)/o) for o in df.path])
-
 # %% ../../nbs/08_data.block.ipynb #4e30a532
 def _own_gpu(device):
     "The GPU of this process, if a launcher started several processes and no device is named; else `device`"
@@ -292,22 +280,21 @@ def from_splits(cls:ReIDDataLoaders,
     size,val_bs = check_size(size),check_int('val_bs', val_bs, 1, 10**6)
     if num_workers is not None: check_int('num_workers', num_workers, 0, 1024)
     check_protocol(splits)
-    parts = [o[o.pid!=JUNK_PID] for o in (splits.train, splits.query, splits.gallery)]
-    sampler = PKSampler(parts[0].pid, n_pids, n_imgs, steps, seed)
-    test_df = pd.concat(parts[1:], ignore_index=True)
-    df = _absolute(pd.concat([parts[0], test_df], ignore_index=True), splits.root)
+    train_df,test_df = splits.real('train'),splits.real('query', 'gallery')
+    sampler = PKSampler(train_df.pid, n_pids, n_imgs, steps, seed)
+    df = pd.concat([train_df, test_df], ignore_index=True).assign(path=lambda o: splits.files(o))
     _check_memory('a batch of floats', max(sampler.bs, min(val_bs, len(test_df))), size, 12, 'or pass smaller batches by n_pids, n_imgs and val_bs')
     if in_memory: _check_memory('in_memory=True', len(df), size, 3, 'or leave `in_memory` out')
     device = _own_gpu(device)
     own = torch.device(ifnone(device, default_device()))
     gpu = torch.device('cpu') if num_workers else own  # loader processes do not see a GPU
-    kept,at = (len(df),'cpu') if in_memory else (0,None) if in_memory is False else _place(len(parts[0]), len(df), size, gpu)
+    kept,at = (len(df),'cpu') if in_memory else (0,None) if in_memory is False else _place(len(train_df), len(df), size, gpu)
     mem = ImageMemory(df.path[:kept], size, device=at) if kept else None
     if kept<len(df): _decode_all(list(df.path[kept:]), size, noop, 'Checking images')  # an unreadable test image would otherwise be found only after training
-    dblock = DataBlock(blocks=(ReIDImageBlock(size, mem), PidBlock(parts[0].pid, test_df.pid, splits.pid_names), CamBlock()), n_inp=1, dl_type=ReIDDL,
-                       getters=[ItemPath(), ColReader('pid'), ColReader('camid')], splitter=IndexSplitter(range(len(parts[0]), len(df))),
+    dblock = DataBlock(blocks=(ReIDImageBlock(size, mem), PidBlock(train_df.pid, test_df.pid, splits.pid_names), CamBlock()), n_inp=1, dl_type=ReIDDL,
+                       getters=[ItemPath(), ColReader('pid'), ColReader('camid')], splitter=IndexSplitter(range(len(train_df), len(df))),
                        batch_tfms=ifnone(batch_tfms, reid_augs(round(10*size[1]/128))))
-    workers = [ifnone(num_workers, 0 if kept>=n else min(16, os.cpu_count() or 1)) for n in (len(parts[0]), len(df))]
+    workers = [ifnone(num_workers, 0 if kept>=n else min(16, os.cpu_count() or 1)) for n in (len(train_df), len(df))]
     dls = dblock.dataloaders(df, path=path, bs=sampler.bs, val_bs=val_bs, device=device,
                              dl_kwargs=[dict(o, num_workers=w, pin_memory=w>0 and own.type=='cuda') for o,w in zip((dict(sampler=sampler),{}), workers)])
     res = cls(*dls.loaders, path=path, device=dls.device)
@@ -344,7 +331,7 @@ def test_dl(self:ReIDDataLoaders,
     **kwargs # Arguments of the loader, such as `bs`
 ) -> ReIDDL: # Loader of the items in order, without augmentation
     "Make a loader of new images"
-    if isinstance(test_items, pd.DataFrame): test_items = _absolute(test_items.reset_index(drop=True), self.splits and self.splits.root)
+    if isinstance(test_items, pd.DataFrame): test_items = test_items.reset_index(drop=True).assign(path=lambda o: self.splits.files(o) if self.splits else o.path)
     elif with_labels: raise ValueError(f'with_labels=True needs a DataFrame with `path`, `pid` and `camid`, not {type(test_items)}.')
     else: test_items = L(str(o) if isinstance(o, Path) else o for o in image_list(test_items))
     ds = test_set(self.valid_ds, test_items, rm_tfms=0, with_labels=with_labels)

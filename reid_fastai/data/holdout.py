@@ -17,7 +17,7 @@ def hold_out(
     distractors:float=0. # Share of the images of each remaining training identity, in [0, 1], that join the gallery as distractors; each identity keeps at least one image for training
 ) -> ReIDSplits: # Held-out identities as `query` and `gallery`, all other identities as `train`
     "Hold out some training identities for evaluation, so that settings can be chosen without the test set"
-    df = splits.train[lambda o: o.pid!=JUNK_PID]
+    df = splits.real('train')
     n_cams = df.groupby('pid').camid.nunique()
     pids,n = n_cams.index[(n_cams>1) & (n_cams.index!=DISTRACTOR_PID)],round(share*len(n_cams))  # a query must not have the number of distractors
     if not 0<n<=len(pids):

@@ -16,6 +16,8 @@ import torch
 from fastcore.all import *
 from torch import nn
 
+from ..core import evaluating
+
 # %% ../../nbs/03_models.backbone.ipynb #97509f18
 _plain_resnets = {f'resnet{n}' for n in (18,34,50,101,152)}
 _tv = 'torchvision/'
@@ -129,13 +131,10 @@ def _split(chain, calls, name, x):
 # %% ../../nbs/03_models.backbone.ipynb #2a321775
 def _body(m, name):
     "Trunk, last stage and number of features of the classifier `m`"
-    x,training = torch.rand(1, 3, 128, 96),m.training
-    m.eval()
-    with torch.no_grad(),warnings.catch_warnings():
+    x = torch.rand(1, 3, 128, 96)
+    with torch.no_grad(),evaluating(m),warnings.catch_warnings():
         warnings.filterwarnings('ignore', message="Using padding='same'")  # the padding copies only a small map
-        trunk,stage,n = _split(*_chain(m, name, x), name, x)
-    m.train(training)
-    return trunk,stage,n
+        return _split(*_chain(m, name, x), name, x)
 
 # %% ../../nbs/03_models.backbone.ipynb #ff4ba9d3
 def insert_after(

@@ -38,9 +38,7 @@ class _Interaction(nn.Module):
         nn.init.zeros_(self.norm.weight)
 
     def forward(self, x):
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False): y = self._aggregate(x.float())
-        else: y = self._aggregate(at_least_float32(x))
+        with without_autocast(x.device.type): y = self._aggregate(at_least_float32(x))
         return x + self.norm(y.view_as(x).to(x.dtype))
 
 class SpatialInteraction(_Interaction):
