@@ -18,7 +18,8 @@ It prints, as Markdown:
 - `RetrievalResults` and re-ranking at the size of Market-1501 and of MSMT17 on the device, beside the bare product;
 - the tests that are marked for a GPU;
 - with --data, one training of 10 epochs by `reid-train`.
-Each part has a share of the time. What does not fit is left out with a message. `--tiny --device cpu` runs all of it at toy size.
+Each part has a share of the time. What does not fit is left out with a message. What fails is reported in one line, the rest runs, and the exit code is 1.
+`--tiny --device cpu` runs all but the tests at toy size; its training has 2 steps, on rendered pedestrians if there is no --data.
 """
 import argparse, gc, statistics, subprocess, sys, tempfile, time, warnings
 BEGAN = time.perf_counter()  # the time for imports counts
@@ -30,6 +31,8 @@ from fastai.data.core import DataLoaders
 
 from reid_fastai.callback.precision import ReIDPrecision, precisions, supports_precision
 from reid_fastai.callback.regularizer import AdaptiveL2
+from reid_fastai.core import brief
+from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.evaluation.all import RetrievalResults
 from reid_fastai.learner import reid_learner
 from reid_fastai.losses import ReIDLoss
@@ -49,6 +52,17 @@ def secs(f, dev):
     f()
     sync(dev)
     return time.perf_counter()-start
+
+def attempt(a, what, f, *args):
+    "Result of `f`; if it fails, print `what` and the error in one line, and return NaN"
+    try: return f(*args)
+    except Exception as e:
+        a.failed = True
+        print(f'{what}{type(e).__name__}: {brief(e, 300)}', flush=True)
+        return float('nan')
+    finally:
+        gc.collect()  # else the next peak of memory would contain this network
+        if a.device.type=='cuda': torch.cuda.empty_cache()
 
 class _Batches:
     "Random batches at hand, as a loader"
@@ -104,21 +118,22 @@ def training(a):
                 if a.tiny and precision=='bf16' and layout is torch.contiguous_format: continue
                 if a.left()<(60 if compiled else 20) or compiled and layout is not torch.channels_last: continue
                 set_tf32(tf32)
-                net = network(a, layout, compiled)
-                gos = [bare(a, net, precision, dl)]
-                f = fit(a, net, precision, dl)
-                net.to(memory_format=layout)  # `reid_learner` has a layout of its own
-                gos.append(f)
-                if a.device.type=='cuda': torch.cuda.reset_peak_memory_stats()
-                for go in gos: go()
-                ts = []
-                while not ts or len(ts)<a.rounds and a.left()>sum(ts[-1]): ts.append([secs(go, a.device) for go in gos])
-                b,t = (a.steps*a.bs/statistics.median(o) for o in zip(*ts))
-                mem = torch.cuda.max_memory_allocated()/1e9 if a.device.type=='cuda' else float('nan')
-                print(f'| {name} | {str(layout).split(".")[-1]} | {compiled} | {b:.0f} | {t:.0f} | {statistics.median(x/y for x,y in ts):.3f} | {mem:.1f} |', flush=True)
-                del net,gos,go,f  # else the next peak of memory would contain this network
-                gc.collect()
+                row = f'| {name} | {str(layout).split(".")[-1]} | {compiled} | '
+                attempt(a, row, beside_bare, a, row, precision, layout, compiled, dl)
     set_tf32(False)
+
+def beside_bare(a, row, precision, layout, compiled, dl):
+    "Print a row of the table: a training by `fit` beside a bare loop"
+    net = network(a, layout, compiled)
+    gos = [bare(a, net, precision, dl), fit(a, net, precision, dl)]
+    net.to(memory_format=layout)  # `reid_learner` has a layout of its own
+    if a.device.type=='cuda': torch.cuda.reset_peak_memory_stats()
+    for go in gos: go()
+    ts = []
+    while not ts or len(ts)<a.rounds and a.left()>sum(ts[-1]): ts.append([secs(go, a.device) for go in gos])
+    b,t = (a.steps*a.bs/statistics.median(o) for o in zip(*ts))
+    mem = torch.cuda.max_memory_allocated()/1e9 if a.device.type=='cuda' else float('nan')
+    print(f'{row}{b:.0f} | {t:.0f} | {statistics.median(x/y for x,y in ts):.3f} | {mem:.1f} |', flush=True)
 
 def shares(a):
     "Of the penalty, forward and backward, and of θ's update in a step"
@@ -144,32 +159,37 @@ def retrieval(a):
     print('\n## Retrieval\n\n| size | product, s | retrieval, s | ratio | re-ranking, s | mAP |\n|---|---|---|---|---|---|')
     for name,(n_q,n_g,n_ids) in (dict(tiny=(40, 200, 10)) if a.tiny else SIZES).items():
         if a.left()<(30 if name=='market' else 90) and not a.tiny: print(f'| {name} | left out, no time |'); continue
-        args = features(n_q, n_g, n_ids, a.device)
-        q,g = args[0],args[3]
-        def product():
-            for o in q.split(1024): o@g.T
-        def search(): search.res = RetrievalResults.from_embeddings(*args); search.res.mAP
-        for f in product,search: f()
-        p,r = secs(product, a.device),secs(search, a.device)
-        again = secs(lambda: search.res.rerank().mAP, a.device) if name!='msmt17' or a.left()>150 else float('nan')
-        print(f'| {name} | {p:.3f} | {r:.3f} | {r/p:.2f} | {again:.2f} | {100*search.res.mAP:.2f} |', flush=True)
+        attempt(a, f'| {name} | ', search_of, a, name, n_q, n_g, n_ids)
+
+def search_of(a, name, *sizes):
+    "Print a row of the table: retrieval and re-ranking beside the bare product"
+    args = features(*sizes, a.device)
+    q,g = args[0],args[3]
+    def product():
+        for o in q.split(1024): o@g.T
+    def search(): search.res = RetrievalResults.from_embeddings(*args); search.res.mAP
+    for f in product,search: f()
+    p,r = secs(product, a.device),secs(search, a.device)
+    again = attempt(a, f'| {name}, re-ranking | ', secs, lambda: search.res.rerank().mAP, a.device) if name!='msmt17' or a.left()>150 else float('nan')
+    print(f'| {name} | {p:.3f} | {r:.3f} | {r/p:.2f} | {again:.2f} | {100*search.res.mAP:.2f} |', flush=True)
 
 def command(a, title, *args):
-    "Print what a command of Python says, if it ends in time"
+    "Print what a command of Python says, if it ends in time; `RuntimeError` if it fails"
     print(f'\n## {title}\n')
     try: res = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=(limit := a.left()))
     except subprocess.TimeoutExpired: return print(f'Not done within {limit:.0f} s', flush=True)
     print(res.stdout.strip())
-    if res.returncode: print(f'Exit code {res.returncode}: {res.stderr.strip()[-600:]}', flush=True)
+    if res.returncode: raise RuntimeError(f'exit code {res.returncode}: {res.stderr.strip()[-250:]}')
 
 def gpu_tests(a):
     "Run the tests for a GPU; other files of tests import packages that the help does not name"
     command(a, 'Tests', '-m', 'pytest', '-q', '--tb=short', '-p', 'no:cacheprovider', '-W', 'ignore', Path(__file__).resolve().parents[1]/'tests'/'test_gpu.py', '-m', 'gpu')
 
 def train(a):
+    data = a.data or make_synthetic(tiny=True)
+    how = '--size 64x32 --epochs 1 --n-pids 4 --steps 2' if a.tiny else '--size 256x128 --epochs 10'
     with tempfile.TemporaryDirectory() as d:
-        command(a, a.data, '-c', 'from reid_fastai.cli import reid_train; import sys; sys.argv[0]="reid-train"; reid_train()', a.data, '--out', f'{d}/run', '--arch', a.arch, '--pretrained', a.pretrained,
-                '--size', '256x128', '--epochs', '10', '--device', a.device)
+        command(a, f'Training on {data}', '-m', 'reid_fastai.cli', 'reid-train', data, '--out', f'{d}/run', '--arch', a.arch, '--pretrained', a.pretrained, '--device', a.device, *how.split())
 
 #: Share of the time, and seconds below which a part is left out
 PARTS = {training: (50,20), shares: (8,15), retrieval: (20,30), gpu_tests: (10,30), train: (15,60)}
@@ -189,12 +209,15 @@ def main(argv=None):
     a.size,a.bs,a.steps,a.rounds = ((64,32), 8, 1, 1) if a.tiny else ((384,128), 64, 10, 5)
     what = torch.cuda.get_device_name() if a.device.type=='cuda' else 'CPU'
     print(f'# {what}\n\ntorch {torch.__version__}, timm {timm.__version__}\n')
-    parts = {f: o for f,o in PARTS.items() if not (f is train and not a.data or f is gpu_tests and a.tiny)}
+    parts = {f: o for f,o in PARTS.items() if not (f is train and not a.data and not a.tiny or f is gpu_tests and a.tiny)}
+    a.failed = False
     for i,(f,(share,least)) in enumerate(parts.items()):
         left = BEGAN+60*a.minutes-10-(now := time.perf_counter())  # 10 s for the end of this process
         end = now+left*share/sum(o for o,_ in list(parts.values())[i:])
         a.left = lambda: end-time.perf_counter()
-        if a.left()<(0 if a.tiny else least): print(f'\n{f.__name__.replace("_", " ")}: left out, {max(a.left(), 0):.0f} s are left for it')
-        else: f(a)
+        name = f'\n{f.__name__.replace("_", " ")}: '
+        if a.left()<(0 if a.tiny else least): print(f'{name}left out, {max(a.left(), 0):.0f} s are left for it')
+        else: attempt(a, name, f, a)
+    if a.failed: raise SystemExit('Some of it failed, see above.')
 
 if __name__=='__main__': main()

@@ -68,6 +68,14 @@ def distrib_ctx(self:ReIDLearner,
         raise ValueError(f'distrib_ctx: {", ".join(odd)}: an option of accelerate, which a Re-ID learner does not use. Leave it out; `to_fp16` and `GradientAccumulation` work as usual.')
     with training_together(self, sync_bn): yield self
 
+@patch
+def to_distributed(self:ReIDLearner,
+    *args, # Arguments of fastai's method
+    **kwargs # Arguments of fastai's method
+):
+    "Raise `ValueError`: fastai's method would divide the list of images, so that each process mines triplets only among its own"
+    raise ValueError('to_distributed would train each process on images and triplets of its own. Train inside `with learn.distrib_ctx():`, which gives the result of one process.')
+
 # %% ../nbs/16_learner.ipynb #fd415c67
 @delegates(Learner.__init__, but=['dls','model','loss_func','opt_func','splitter','cbs'])
 def reid_learner(

@@ -75,9 +75,10 @@ def check_device(
     device:str|torch.device|None # Device such as 'cpu', 'cuda' or 'cuda:1'; None: the GPU if there is one
 ) -> torch.device|None: # The device; None if None was given
     "Raise `ValueError` if this machine does not have the device"
-    if ranks.n>1: _check_own_gpu(device)
-    if device is None: return
-    try: torch.zeros(1, device=(device := torch.device(device)))
+    try:
+        device = device if device is None else torch.device(device)
+        if ranks.n>1: _check_own_gpu(device)
+        if device is not None: torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e: raise ValueError(f"device={str(device)!r} is not available: {first(str(e).splitlines()).rstrip('.')}. `cpu` is always available.") from e
     return device
 
@@ -90,8 +91,8 @@ def chosen_device(
 def _check_own_gpu(device):
     "Raise `ValueError` if several processes would share a GPU"
     count = torch.cuda.device_count()
-    if device is not None and torch.device(device).index is not None: raise ValueError(f"device={str(device)!r}: each of the {ranks.n} processes takes a GPU of its own. Write `cuda`, `cpu`, or leave it out.")
-    if (count if device is None else torch.device(device).type=='cuda') and local_rank()>=count:
+    if device is not None and device.index is not None: raise ValueError(f"device={str(device)!r}: each of the {ranks.n} processes takes a GPU of its own. Write `cuda`, `cpu`, or leave it out.")
+    if (count if device is None else device.type=='cuda') and local_rank()>=count:
         raise ValueError(f"There are {count} GPUs here for at least {local_rank()+1} processes. Start at most {count} on this machine (`--nproc-per-node {count}`), or train with `--device cpu`.")
 
 def check_compiler(

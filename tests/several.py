@@ -1,13 +1,16 @@
 """Trains in several processes, for test_distributed.py: `python several.py FOLDER CASE… -- N…` writes FOLDER/CASE-N-RANK.pth for each number of processes N.
+`torchrun … several.py FOLDER CASE…` does it in the processes of torchrun, and with SEVERAL_ON=cuda on GPUs.
 `python several.py JOBS.json` runs commands in several processes, and adds to each job the `codes`, `out` and `err` of its processes and its `seconds`.
 
 The processes are forked from one that has imported everything and computed nothing, which saves the import of torch in each of them."""
-import json, os, shutil, signal, socket, sys, time, warnings
+import io, json, os, shutil, signal, socket, sys, time, warnings
 from pathlib import Path
 
-os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', TORCH_CPP_LOG_LEVEL='ERROR', CUDA_VISIBLE_DEVICES='')  # more processes than GPUs would be refused
+device = os.environ.get('SEVERAL_ON', 'cpu')
+os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', TORCH_CPP_LOG_LEVEL='ERROR', **(dict(CUDA_VISIBLE_DEVICES='') if device=='cpu' else {}))  # more processes than GPUs would be refused
 warnings.simplefilter('ignore')
 import torch
+from contextlib import redirect_stdout
 from functools import lru_cache
 from timm.layers import BatchNormAct2d
 from fastai.callback.all import *
@@ -41,7 +44,7 @@ class Watch(Callback):
 def outcome(learn):
     "What is compared"
     cb = find_l2(learn)
-    return dict(weights={k: v.clone() for k,v in learn.model.state_dict().items()}, history=cb.history[['theta','lam','sq_norm','angle','rotates']].to_numpy('float64') if cb else None, table=[[float(v) for v in row] for row in learn.recorder.values],
+    return dict(weights={k: v.cpu().clone() for k,v in learn.model.state_dict().items()}, history=cb.history[['theta','lam','sq_norm','angle','rotates']].to_numpy('float64') if cb else None, table=[[float(v) for v in row] for row in learn.recorder.values],
                 losses=learn.watch.losses, epoch=learn.dls.train.epoch, wrapped=type(learn.model).__name__, forwards=[n for n,m in learn.model.named_modules() if 'forward' in vars(m)],
                 chance=torch.rand(2), bs=learn.dls.train.bs)
 
@@ -53,7 +56,7 @@ def small_net(n_classes, regions):
     return net
 
 @lru_cache
-def loaders(**kw): return tiny_dls(steps=5, **kw)
+def loaders(**kw): return tiny_dls(steps=5, device=device, **kw)
 
 def learner(regions=0, l2=AdaptiveL2, cbs=(), dtype=torch.float64, seed=None, **kw):
     "In float64, where 1e-9 is a difference; in float32, Adam makes much of the rounding of gradients that are nearly zero"
@@ -82,6 +85,16 @@ def resumed():
         train(lambda l: fit(l, first, Stop()), cbs=[Frozen()])
     by_leader(shutil.copytree)(first, own)
     return train(lambda l: fit(l, own), cbs=[Frozen()])
+
+def found():
+    "A learning rate, then the best of two epochs"
+    learn,said = learner(cbs=[Frozen()]),io.StringIO()
+    learn.path = folder/f'found-{ranks.n}'
+    with learn.distrib_ctx(), redirect_stdout(said):
+        learn.fit(1, 1e-3)
+        rate = learn.lr_find(num_it=12, show_plot=False)
+        learn.fit(2, 1e-3, cbs=SaveModelCallback(monitor='train_loss'))
+    return dict(outcome(learn), rate=rate[0], said=said.getvalue())
 
 def few_queries():
     "Fewer queries than processes"
@@ -145,20 +158,27 @@ CASES = {
     'conventional': lambda: train(lambda l: l.fit(2, 1e-3), cbs=[Frozen(), GradientClip(.5)], l2=ConventionalL2),
     'workers': lambda: train(lambda l: l.fit(1, 1e-3), cbs=[Frozen()], in_memory=False, num_workers=2),
     'float32': lambda: train(lambda l: l.fit(2, 1e-3), regions=2, cbs=[Frozen()], dtype=torch.float32),
-    'resumed': resumed, 'shared': shared, 'refused': refused,
+    'float32, global': lambda: train(lambda l: l.fit(2, 1e-3), cbs=[Frozen()], dtype=torch.float32),
+    'bf16': lambda: train(lambda l: l.to_bf16().fit(1, 1e-3), regions=2, cbs=[Frozen()], dtype=torch.float32),
+    'found': found, 'resumed': resumed, 'shared': shared, 'refused': refused,
     'fault: mined apart': without('gather', lambda o: o),
     'fault: not averaged': without('mean_gradients'),
     'fault: penalty twice': lambda: train(lambda l: l.fit(2, 1e-3), cbs=[Frozen()], l2=Twice),
 }
 
-def go(out, cases, rank, n, port):
+def go(out, cases, rank, n):
     "One process"
     global folder
     folder = Path(out)
     torch.set_num_threads(1)
-    if n>1: os.environ.update(in_group(rank, n, port))
     with together():
-        for c in cases: torch.save(CASES[c](), f'{out}/{c}-{n}-{rank}.pth')
+        for c in cases:
+            signal.alarm(60)  # a case that waits for ever fails
+            torch.save(CASES[c](), f'{out}/{c}-{n}-{rank}.pth')
+
+def go_forked(out, cases, rank, n, port):
+    if n>1: os.environ.update(in_group(rank, n, port))
+    go(out, cases, rank, n)
 
 def free_port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
@@ -187,10 +207,11 @@ if __name__=='__main__':
         for o in jobs: run(o)
         Path(out).write_text(json.dumps(jobs))
         sys.exit()
+    if 'RANK' in os.environ: sys.exit(go(out, args, *(int(os.environ[o]) for o in ('RANK','WORLD_SIZE'))))
     at = args.index('--')
     bad = 0
     for n in map(int, args[at+1:]):
         port = free_port()
-        pids = [fork(go, out, args[:at] or list(CASES), r, n, port) for r in range(n)]
+        pids = [fork(go_forked, out, args[:at] or list(CASES), r, n, port) for r in range(n)]
         bad += sum(os.waitpid(p, 0)[1]!=0 for p in pids)
     sys.exit(bad)

@@ -3,13 +3,14 @@ import os, re, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
+import numpy as np, pytest
+from safetensors.numpy import save_file
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork') or not hasattr(os, 'mkfifo'), reason='attacks need fork, signals and FIFOs')
 here = Path(__file__).parent
 sys.path.insert(0, str(here))
 env = dict(os.environ)
-if hasattr(os, 'fork'): from attack import KINDS, Failed, figures, numbers, one_line, same
+if hasattr(os, 'fork'): from attack import KINDS, Failed, close, figures, numbers, one_line, same
 os.environ.clear(); os.environ.update(env)  # importing `attack` sets the threads of its children
 
 def test_a_few_attacks():
@@ -52,3 +53,16 @@ def test_other_figures_are_found(tmp_path):
     (tmp_path/'b'/'.metrics.csv.x').write_text('')
     with pytest.raises(Failed) as e: same(figures(tmp_path/'b'), right)
     assert 'left behind' in e.value.why
+
+def test_other_weights_are_found(tmp_path):
+    "Rounding may differ between numbers of processes, a step may not"
+    def run(d, w, lam):
+        (tmp_path/d).mkdir()
+        save_file({'w': np.array([1,w], dtype='float32')}, tmp_path/d/'model.safetensors')
+        (tmp_path/d/'lambdas.csv').write_text(f'epoch,lam\n1,{lam}\n')
+        return tmp_path/d
+    right = run('a', 1, .005)
+    close(run('b', 1.001, .00500001), right)
+    for d,args,what in (('c', (1.01, .005), 'weights differ by 7.1e-03'), ('d', (1, .0051), 'λ differs by 2.0e-02')):
+        with pytest.raises(Failed) as e: close(run(d, *args), right)
+        assert e.value.why==what

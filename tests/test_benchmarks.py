@@ -31,7 +31,7 @@ def _script(argv, log):
 def test_gpu_script_on_the_cpu(tmp_path):
     res = forked('benchmarks/gpu.py', '--tiny', '--device', 'cpu', logs=tmp_path)
     assert res.returncode==0, res.stderr[-800:]
-    for o in '| fp32 | contiguous_format |','| fp32 | channels_last |','the penalty alone','| tiny |': assert o in res.stdout
+    for o in '| fp32 | contiguous_format |','| fp32 | channels_last |','the penalty alone','| tiny |','Run folder:': assert o in res.stdout
     bad = forked('benchmarks/gpu.py', logs=tmp_path) if not torch.cuda.is_available() else None
     assert bad is None or bad.returncode==1 and '\nNo GPU here' in '\n'+bad.stderr and 'Traceback' not in bad.stderr
 
@@ -63,15 +63,29 @@ def test_wheels_for_the_gpu_script():
 
 def test_time_of_the_gpu_script(gpu, monkeypatch, capsys):
     "A part without time is left out, a command that takes too long is ended, and one that fails says why"
-    gpu.main('--tiny --device cpu --minutes 0 --data none'.split())
+    gpu.main('--tiny --device cpu --minutes 0'.split())
     assert capsys.readouterr().out.count(': left out, 0 s are left for it')==4
     gpu.command(SimpleNamespace(left=lambda: .1), 'Slow', '-c', 'import time; time.sleep(60)')
-    gpu.command(SimpleNamespace(left=lambda: 60), 'Bad', '-c', 'import sys; print("seen"); sys.exit("why")')
-    assert capsys.readouterr().out=='\n## Slow\n\nNot done within 0 s\n\n## Bad\n\nseen\nExit code 1: why\n'
+    with pytest.raises(RuntimeError, match='^exit code 1: why$'): gpu.command(SimpleNamespace(left=lambda: 60), 'Bad', '-c', 'import sys; print("seen"); sys.exit("why")')
+    assert capsys.readouterr().out=='\n## Slow\n\nNot done within 0 s\n\n## Bad\n\nseen\n'
     lefts = []
     monkeypatch.setattr(gpu, 'PARTS', {lambda a: lefts.append(a.left()): (1,0), lambda a: lefts.append(a.left()): (1,0)})
     gpu.main('--tiny --device cpu --minutes 8'.split())
     assert lefts[0]<=235<lefts[1]<=470
+
+def test_a_part_that_fails(gpu, monkeypatch, capsys):
+    "Such as a compiled training without a compiler: one line, and the rest of the table and the other parts follow"
+    def compiled(a, row, precision, layout, *_):
+        if layout is torch.channels_last: print(f'{row}done')
+        else: raise RuntimeError('no compiler\nin any of these folders: …')
+    def shares(a): raise ValueError('out of memory')
+    def last(a): print('last')
+    monkeypatch.setattr(gpu, 'beside_bare', compiled)
+    monkeypatch.setattr(gpu, 'PARTS', {gpu.training: (1,0), shares: (1,0), last: (1,0)})
+    with pytest.raises(SystemExit, match='failed'): gpu.main('--tiny --device cpu'.split())
+    said = capsys.readouterr().out.splitlines()
+    at = said.index('| fp32 | contiguous_format | False | RuntimeError: no compiler in any of these folders: …')
+    assert said[at+1]=='| fp32 | channels_last | False | done' and said[-3:]==['', 'shares: ValueError: out of memory', 'last']
 
 def test_gpu_script_collects_one_file(gpu, monkeypatch):
     "Others import hypothesis, nbdev or execnb, which the machine need not have"

@@ -1,5 +1,5 @@
 "Several processes give the training, the figures and the files of one"
-import json, os, re, signal, subprocess, sys, time
+import json, os, re, signal, socket, subprocess, sys, time
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,11 +7,15 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file
 
+from reid_fastai.core import ranks
 from reid_fastai.data.synthetic import make_synthetic
+from reid_fastai.distributed import LostProcess, talking
+from reid_fastai.runs import check_device
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='the processes are forked')
 here = Path(__file__).parent
 env = dict(os.environ, PYTHONPATH=str(here.parent), MPLBACKEND='agg')
+tiny = '--arch test_resnet --pretrained none --size 64x32 --n-pids 4 --steps 2 --epochs'.split()
 
 # ---- from Python
 
@@ -29,9 +33,9 @@ def distance(a, b):
     return ((flat(a)-flat(b)).norm()/flat(b).norm()).item(), max(((a[k]-b[k]).double().norm()/b[k].double().norm().clamp_min(1e-9)).item() for k in b)
 
 @pytest.mark.parametrize('n', [2, 4])
-@pytest.mark.parametrize('case', ['plain', 'regions', 'statistics', 'accumulated', 'accumulated, regions', 'paper', 'paper, global', 'rotation', 'auto', 'conventional', 'workers'])
+@pytest.mark.parametrize('case', ['plain', 'regions', 'statistics', 'accumulated', 'accumulated, regions', 'paper', 'paper, global', 'rotation', 'auto', 'conventional', 'workers', 'found'])
 def test_the_training_of_one_process(outcome, case, n):
-    "Weights, running statistics, θ, λ, losses and the table; with statistics frozen and not, with the paper's two phases, accumulation, clipping, rotation control, and loader processes"
+    "Weights, running statistics, θ, λ, losses and the table; with statistics frozen and not, with the paper's two phases, accumulation, clipping, rotation control, loader processes, and after `lr_find`"
     one = outcome(case, 1)
     for rank in range(n):
         got = outcome(case, n, rank)
@@ -58,8 +62,20 @@ def test_turned_arrays(outcome, n):
     for case in 'rotation','auto': assert (outcome(case, n)['history'][:,-1]==1).any()
 
 @pytest.mark.parametrize('n', [2, 4])
-def test_in_float32(outcome, n):
-    assert distance(outcome('float32', n)['weights'], outcome('float32', 1)['weights'])[0]<1e-5
+def test_one_rate_and_one_voice(outcome, n):
+    "All processes suggest the rate of one, and only rank 0 prints what `SaveModelCallback` does"
+    one,*got = outcome('found', 1),*(outcome('found', n, rank) for rank in range(n))
+    assert {o['rate'] for o in got}=={one['rate']}
+    assert [o['said'].count('Better model found') for o in (one, *got)]==[2, 2, *[0]*(n-1)] and not any(o['said'] for o in got[1:])
+
+@pytest.mark.parametrize('n', [2, 4])
+@pytest.mark.parametrize('case,tol', [('float32', 1e-5), ('float32, global', 1e-5), ('bf16', 1e-3)])
+def test_in_less_than_float64(outcome, case, tol, n):
+    "What is left is rounding, equal in all processes"
+    got = [outcome(case, n, rank) for rank in range(n)]
+    assert distance(got[0]['weights'], outcome(case, 1)['weights'])[0]<tol
+    np.testing.assert_allclose(got[0]['losses'], outcome(case, 1)['losses'], rtol=tol)
+    for o in got[1:]: assert all(v.equal(got[0]['weights'][k]) for k,v in o['weights'].items()) and o['losses']==got[0]['losses']
 
 @pytest.mark.parametrize('n', [2, 4])
 @pytest.mark.parametrize('fault', ['mined apart', 'not averaged', 'penalty twice'])
@@ -82,7 +98,47 @@ def test_refusals(outcome, n):
         assert got['bs']==16 and all(len(o)<300 and '\n' not in o for o in got['messages'])
     assert not outcome('refused', 1)['messages']
 
+@pytest.mark.parametrize('err', [RuntimeError('[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:10142'), RuntimeError(r'[C:\gloo\gloo\transport\uv\unbound_buffer.cc:67] Timed out'),
+                                 torch.distributed.DistNetworkError('Broken pipe'), torch.distributed.DistBackendError('NCCL error: remote process exited')])
+def test_errors_of_a_lost_process(err):
+    with pytest.raises(LostProcess), talking(): raise err
+
+@pytest.mark.parametrize('err', [RuntimeError('connection refused'), RuntimeError('wandb: Connection reset by peer'), RuntimeError('Default process group has not been initialized'), RuntimeError('mat1 and mat2 shapes cannot be multiplied'), OSError('Connection refused')])
+def test_other_errors(err):
+    "Such as that of a logger during a training"
+    with pytest.raises(type(err)) as e, talking(): raise err
+    assert e.value is err
+
+def test_an_unknown_device(monkeypatch):
+    for n in 1,2:
+        monkeypatch.setattr(ranks, 'n', n)
+        with pytest.raises(ValueError, match="^device='foo' is not available"): check_device('foo')
+    with pytest.raises(ValueError, match="^device='cuda:1': each of the 2 processes"): check_device('cuda:1')
+    assert check_device('cpu')==torch.device('cpu')
+
 # ---- the start
+
+def launched(*argvs, cwd):
+    "Run launchers side by side, which have to end well"
+    ps = [subprocess.Popen(list(map(str, o)), cwd=cwd, env=dict(env, OMP_NUM_THREADS='1'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for o in argvs]
+    try: said = [p.communicate(timeout=100) for p in ps]
+    finally:
+        for p in ps: p.terminate()  # which they pass on
+    assert not any(p.returncode for p in ps), said
+    return said
+
+def test_two_nodes(outcome, tmp_path):
+    "Two agents of torchrun, with a process each"
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    launched(*[[sys.executable, '-m', 'torch.distributed.run', '--nnodes', 2, '--nproc-per-node', 1, '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'localhost:{port}', here/'several.py', tmp_path, 'statistics']]*2, cwd=tmp_path)
+    for rank in 0,1: assert max(distance(torch.load(tmp_path/f'statistics-2-{rank}.pth', weights_only=False)['weights'], outcome('statistics', 1)['weights']))<1e-9
+
+def test_accelerate(tmp_path):
+    "Starts the processes as the page says"
+    pytest.importorskip('accelerate')
+    launch = [sys.executable, '-m', 'accelerate.commands.accelerate_cli', 'launch', '--main_process_port', 0]
+    said, = launched([*launch, '--multi_gpu', '--num_processes', 2, '-m', 'reid_fastai.cli', 'reid-train', make_synthetic(tiny=True), '--device', 'cpu', '--out', 'run', *tiny, '1'], cwd=tmp_path)
+    assert said[0].count('Run folder: run')==1 and (tmp_path/'run'/'results.json').exists(), said
 
 def test_a_second_start_ignores_the_keys_of_the_first():
     "torchrun keeps its store when it starts processes again. One that is early must wait for the others, and not use the addresses of those that have ended"
@@ -100,7 +156,6 @@ def test_a_second_start_ignores_the_keys_of_the_first():
 
 # ---- from the shell
 
-tiny = '--arch test_resnet --pretrained none --size 64x32 --n-pids 4 --steps 2 --epochs'.split()
 
 @pytest.fixture(scope='module')
 def jobs(tmp_path_factory):

@@ -1,5 +1,7 @@
 "What a GPU alone can show"
+import os, subprocess, sys
 from functools import partial
+from pathlib import Path
 
 import pytest, torch
 from fastai.callback.core import Callback, CancelFitException
@@ -64,3 +66,12 @@ def test_fused_optimizer():
             opt.step()
         out.append(p.detach())
     torch.testing.assert_close(*out, rtol=1e-5, atol=1e-6)
+
+@pytest.mark.skipif(torch.cuda.device_count()<2, reason='there are no two GPUs')
+def test_two_gpus_train_as_one(tmp_path):
+    "NCCL, and statistics synchronised by PyTorch's kernels; in float64"
+    for n in 1,2:
+        argv = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', n, Path(__file__).parent/'several.py', tmp_path, 'statistics']
+        subprocess.run(list(map(str, argv)), check=True, timeout=200, env=dict(os.environ, SEVERAL_ON='cuda'))
+    one,*two = (torch.load(tmp_path/f'statistics-{o}.pth', weights_only=False)['weights'] for o in ('1-0','2-0','2-1'))
+    for got in two: torch.testing.assert_close(got, one, rtol=1e-6, atol=1e-9)

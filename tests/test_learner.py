@@ -147,7 +147,6 @@ except ImportError:  # what fastai uses of it
         def backward(self, loss): loss.backward()
     sys.modules['accelerate'] = types.SimpleNamespace(Accelerator=Accelerator)
 import fastai.distributed as fd
-from fastai.learner import Learner
 from reid_fastai.test_utils import *
 rank = int(os.environ['RANK'])
 torch.distributed.init_process_group('gloo')
@@ -155,11 +154,11 @@ def broadcast(self, t, r):  # fastai's own asks for a GPU
     t = torch.tensor(t); torch.distributed.broadcast(t, r); return t.tolist()
 fd.DistributedDL._broadcast = broadcast
 learn = tiny_learner(tiny_dls(steps=2), eval_every=1)
-with learn.no_bar(), learn.no_logging(), Learner.distrib_ctx(learn, sync_bn=False, cpu=True): learn.fit(1, 1e-3)
+with learn.no_bar(), learn.no_logging(), learn.added_cbs(fd.DistributedTrainer(sync_bn=False, cpu=True)): learn.fit(1, 1e-3)
 json.dump([learn.recorder.values[-1][-2], 100*learn.retrieval().mAP, learn.retrieval_metrics.results.n_skipped], open(f'{sys.argv[1]}/{rank}.json', 'w'))
 torch.distributed.destroy_process_group()
 """
-def test_fastais_distributed_context(tmp_path):
+def test_fastais_distributed_trainer(tmp_path):
     "Each of two processes evaluates all images: both have the figure of the saved network in the table"
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     env = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2', OMP_NUM_THREADS='1')
@@ -170,6 +169,11 @@ def test_fastais_distributed_context(tmp_path):
     assert a[0]==pytest.approx(b[0]) and a[0]==pytest.approx(a[1])
 
 # ---- refused before training
+
+def test_fastais_method_is_refused(dls):
+    learn = tiny_learner(dls)
+    with pytest.raises(ValueError, match='`with learn.distrib_ctx\\(\\):`'): learn.to_distributed(sync_bn=False)
+    assert not hasattr(learn, 'distributed_trainer')
 
 class Sync(Callback):
     "What `distrib_ctx` does to the network, without other processes"

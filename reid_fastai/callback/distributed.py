@@ -7,13 +7,14 @@ __all__ = ['check_same_data', 'TrainTogether', 'training_together']
 
 # %% ../../nbs/14b_callback.distributed.ipynb #955e9f3a
 import hashlib,random
-from contextlib import ExitStack,contextmanager
+from contextlib import ExitStack,contextmanager,redirect_stdout
 
 import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner
 from fastcore.all import *
 
@@ -64,14 +65,34 @@ class TrainTogether(PlainErrors, Callback):
         same_tensors([*self.model.parameters(), *self.model.buffers()])
         _same_chance()
         if self.sync_norms: self._stack.enter_context(synced_norms(self.model))
+        self._change_others()
 
     def after_pred(self): self.learn.pred,self.learn.yb = gather(self.pred),gather(self.yb)
+    def after_batch(self):
+        if hasattr(self.learn, 'lr_finder'): same_tensors([self.loss])  # the last bit of a loss must not decide in one process alone that the search ends
     def after_train(self): same_tensors(self.model.buffers())  # buffers may hold statistics of one process's part, but all processes evaluate together
     def before_step(self): mean_gradients([p for p,*_ in self.opt.all_params()])
     def after_fit(self): self.leave()
     def leave(self):
         "Restore loader and network"
         self._stack.close()
+
+# %% ../../nbs/14b_callback.distributed.ipynb #d8bcc6f9
+def _run_in(ctx, cb, event):
+    "Let callback `cb` handle `event` inside the context `ctx()`"
+    f = getattr(cb, event)
+    def g():
+        with ctx(): f()
+    setattr(cb, event, g)
+
+@patch
+def _change_others(self:TrainTogether):
+    "Change what callbacks of fastai do in several processes"
+    if finder := getattr(self.learn, 'lr_finder', None):
+        for o in 'before_fit','after_fit': _run_in(partial(modified_env, 'RANK', 'WORLD_SIZE'), finder, o)  # as in a single process
+    for cb in self.learn.cbs.filter(risinstance(TrackerCallback)) if ranks.rank else []:
+        _run_in(partial(redirect_stdout, None), cb, 'after_epoch')
+        self._stack.callback(delattr, cb, 'after_epoch')
 
 # %% ../../nbs/14b_callback.distributed.ipynb #a3ad174f
 @contextmanager
