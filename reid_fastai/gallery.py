@@ -176,7 +176,7 @@ def _load(self:Gallery):
         version,n = self.table.version,self.table.count_rows()
     if self._read and self._read[0]==version: return self._read[1:]
     self._read = None  # frees the former embeddings
-    need,free = 4*n*self.meta['n_features']+150_000_000,free_memory()  # 0.15 GB hold the slices
+    need,free = 4*n*self.meta['n_features']+200_000_000,free_memory()  # 0.2 GB for reading and comparing, as measured with 240,000 images
     if free is not None and need>free:
         raise ValueError(f'{brief(self.path, 80)}: an exact search holds {n} embeddings in memory, {need/1e9:.1f} GB; {free/1e9:.1f} GB are free. '
                          'Search with the index: `reid-search --index`, or `index()` and `search(exact=False)`.')

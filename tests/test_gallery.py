@@ -151,7 +151,7 @@ def test_exact_search_beyond_the_memory(home, monkeypatch):
     from reid_fastai import gallery as mod
     g,x = vectors(home, 500)
     want = g.search(x[:1], 2)
-    monkeypatch.setattr(mod, 'free_memory', lambda: 4*500*x.shape[1]+150_000_000)
+    monkeypatch.setattr(mod, 'free_memory', lambda: 4*500*x.shape[1]+200_000_000)
     assert g.search(x[:1], 2).df.equals(want.df)
     g.add(x[:1])
     with pytest.raises(ValueError, match=r'501 embeddings.* GB; .* GB are free\. Search with the index'): g.search(x[:1], 2)
@@ -386,6 +386,29 @@ def test_a_table_without_boxes(home, files):
     assert df.path.tolist()==[str(o) for o in files[:3]] and df.time.tolist()==[1.5,2,3] and df.pid.fillna('').tolist()==['Ann','','Bob'] and df.x1.isna().all()
     want = load_embedder(home/'run'/'model.safetensors')(files[:3])
     assert np.allclose(np.stack(df.vector), want, atol=1e-4)
+
+
+# ---- the page
+
+def page(words):
+    "The Python block of the how-to with `words`"
+    text = (Path(__file__).parents[1]/'nbs'/'howto_search.md').read_text(encoding='utf-8')
+    block, = [o for o in re.findall(r'```python\n(.*?)```', text, re.S) if words in o]
+    return block
+
+def test_table_from_a_mot_file(home):
+    (home/'frames').mkdir()
+    for i in (1,2): Image.new('RGB', (120,80), 'gray').save(home/'frames'/f'{i:06}.jpg')
+    Path('mot.txt').write_text('1,7,11,6,30,40,0.9,-1,-1,-1\n2,7,-9,6,40,40,0.9,-1,-1,-1\n2,8,100,50,60.5,60,0.8,-1,-1,-1\n2,9,-50,6,40,40,0.9,-1,-1,-1\n')
+    exec(page('mot.txt'), {})
+    df = reid_embed('run', out='new', boxes='tracks.csv', quiet=True).table.to_pandas()
+    assert df[['x1','y1','x2','y2']].to_numpy().tolist()==[[10,5,40,45], [0,5,30,45], [99,49,120,80]]
+    assert df.pid.tolist()==['7','7','8'] and df.time.tolist()==[0,.04,.04] and df.camid.tolist()==[3]*3 and [Path(o).name for o in df.path]==['000001.jpg']+['000002.jpg']*2
+
+def test_times_and_cameras_to_numbers():
+    df = pd.DataFrame(dict(when=['1970-01-01T02:00:01.5+02:00','1970-01-01T00:00:03Z'], camera=['hall','door']))
+    exec(page('df.when'), dict(df=df, pd=pd))
+    assert df.time.tolist()==[1.5,3] and df.camid.tolist()==[2,1]
 
 
 # ---- what it writes
