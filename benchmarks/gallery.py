@@ -13,7 +13,7 @@ import torch
 
 from memory import peak
 from reid_fastai.gallery import Gallery
-from reid_fastai.gallery_table import _lancedb, _schema, _table
+from reid_fastai.gallery_table import _format, _lancedb, _schema, _table
 
 STEPS = 'write','index','approximate','exact','recall'
 PER = 20  # images of a person
@@ -43,7 +43,7 @@ def searches(g, a, exact):
 def step(name, a):
     d = f'{a.home}/gallery'
     if name=='write':
-        meta = dict(format=1, version='benchmark', model='0'*64, model_file='none', metric='cosine', size=[256,128], n_features=a.d)
+        meta = dict(format=_format, version='benchmark', model='0'*64, model_file='none', metric='cosine', size=[256,128], n_features=a.d)
         g,spent = Gallery(d, _lancedb().connect(d).create_table(_table, schema=_schema(meta))),0.
         for i in range(0, a.n, PART):
             rows = torch.arange(i, min(i+PART, a.n))

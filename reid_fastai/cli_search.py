@@ -20,10 +20,10 @@ from .data.all import *
 from .data.boxes import _box
 from .data.datasets import _check_names,_images_below
 from .evaluation.distances import check_metric
-from .evaluation.verification import _check_rate
+from .evaluation.verification import _check_rate,read_verification
 from .files import *
 from .gallery import *
-from .gallery import _remote
+from .gallery_table import _remote
 from .runs import chosen_device
 from .search_results import *
 from .shell import *
@@ -45,6 +45,8 @@ def list_images(
     _check_names(map(str, res))
     return [res[i] for i in np.unique(number_files(res), return_index=True)[1]]
 
+def _boxes(cols): return list(zip(*(cols[k] for k in _box))) if 'x1' in cols else None
+
 def _images(paths, boxes):
     "Images and columns for `Gallery.add`"
     paths = L(paths)
@@ -55,7 +57,7 @@ def _images(paths, boxes):
     cols = read_boxes(boxes, first(paths))
     seen = {}
     files = [seen.setdefault(o, o) for o in cols['path']]  # one object per file, so that each file is opened once
-    check_boxes(files, list(zip(*(cols[k] for k in _box))))
+    if 'x1' in cols: check_boxes(files, _boxes(cols))
     return files,cols
 
 # %% ../nbs/21a_cli_search.ipynb #c4e167d4
@@ -64,8 +66,8 @@ def reid_embed(
     model:str, # Run folder of `reid-train`, or a model file
     images:Annotated[str, {'nargs':'*'}, "Image files, and folders of images; no labels are needed. With --boxes at most one folder: the one that the paths of the table are relative to"]=None,
     out:str=None, # Gallery to create, or to add to; required
-    boxes:str=None, # CSV file of boxes with columns path, x1, y1, x2, y2 and, if known, time, camid, pid
-    append:bool=False, # Add to the existing gallery `out`
+    boxes:str=None, # CSV file with a column path, all or none of x1, y1, x2, y2 and, if known, time, camid, pid
+    append:bool=False, # Add to the existing gallery `out` what it does not have
     metric:str=None, # 'cosine' (default) or 'euclidean'
     device:str=None, # Device to compute on, such as 'cpu' or 'cuda:1'; default: the GPU if there is one
     quiet:bool=False # Print only warnings and errors
@@ -78,22 +80,50 @@ def reid_embed(
     gallery = Gallery.load(out, model, device)
     if metric not in (None, gallery.metric): raise ValueError(f'--metric {metric}: {brief(out, 120)} has {gallery.metric} distances. Leave `--metric` out, or make a new gallery.')
     files,cols = _images(images, boxes)
-    return _add(gallery, files, cols, out, quiet)
+    new = [i for i,o in enumerate(gallery.has(files, _boxes(cols))) if not o]
+    return _add(gallery, [files[i] for i in new], {k: [o[i] for i in new] for k,o in cols.items()}, out, quiet, skipped=len(files)-len(new))
 
-def _add(gallery, files, cols, out, quiet):
-    gallery.add(files, **cols)
-    with _quietly(quiet): print(f'{len(files)} images added.\n{brief(out, 120)}: {len(gallery)} images, version {gallery.table.version}')
+_part = 4096  # images that are embedded before they are committed
+
+def _add(gallery, files, cols, out, quiet, start=0, skipped=0):
+    "Add the images from number `start` on, in parts"
+    for i in range(start, n := len(files), _part):
+        try: gallery.add(files[i:i+_part], **{k: o[i:i+_part] for k,o in cols.items()})
+        except (ValueError, KeyboardInterrupt) as e:
+            if i: e.args = (f'{i} of {n} images were added to {brief(out, 80)}; give the command again with --append for the others. {e}',)
+            raise
+    with _quietly(quiet): print(f'{n} images added{f", {skipped} skipped that are in the gallery" if skipped else ""}.\n{brief(out, 120)}: {len(gallery)} images, version {gallery.table.version}')
     return gallery
 
 def _new_gallery(model, images, out, boxes, metric, device, quiet):
-    "Create a gallery with all its images at once; on object storage, images are added to an empty gallery"
+    "Create a gallery with its first part at once, and add the others; on object storage, images are added to an empty gallery"
     check_new(out)
     files,cols = _images(images, boxes)
     if _remote(out): return _add(Gallery.create(model, out, metric, device), files, cols, out, quiet)
-    with atomic_dir(out) as tmp: _add(Gallery.create(model, tmp, metric, device), files, cols, out, quiet)
-    return Gallery.load(out, model, device)
+    with atomic_dir(out) as tmp: Gallery.create(model, tmp, metric, device).add(files[:_part], **{k: o[:_part] for k,o in cols.items()})
+    return _add(Gallery.load(out, model, device), files, cols, out, quiet, start=_part)
 
 # %% ../nbs/21a_cli_search.ipynb #7abd6073
+def _one_box(box, files):
+    "Boxes for `files`: `box`, a text, for the only one"
+    try: x1,y1,x2,y2 = map(float, box.split(','))
+    except ValueError: raise ValueError(f'--box {brief(box, 60)}: four numbers with commas are needed: x1,y1,x2,y2.') from None
+    if len(files)!=1: raise ValueError(f'--box {brief(box, 60)}: it belongs to a single photo, and {len(files)} are named. Name one photo.')
+    return [(x1,y1,x2,y2)]
+
+def _check_outputs(outputs, db, files):
+    "Raise `ValueError` if an output would replace a photo, the model or its thresholds, or is inside the gallery"
+    check_outputs(outputs, {**{f'photo {brief(o, 60)}': o for o in files}, 'the model': db.model_file, 'the thresholds': db.model_file.with_name('verification.json')})
+    home = os.path.realpath(str(db.path).removeprefix('file://'))
+    for k,v in outputs.items():
+        if v and Path(os.path.realpath(v)).is_relative_to(home): raise ValueError(f'{k}={v}: that is inside the gallery {brief(db.path, 80)}. Pass another file.')
+
+def _meaning(db, far, open_set, n):
+    "The meaning of a threshold in a search among `n` images"
+    if not open_set: return f'false accept rate {far:g} of pairs: about {far*n:.2g} false accepts per photo among {n} images'
+    of = read_verification(db.model_file).get('n_gallery')
+    return f'{100*far:g} % of searches for unknown people find somebody' + (f', in a gallery of {of} images; more among {n}' if of and n>of else '')
+
 @command()
 def reid_search(
     gallery:str, # Gallery made by `reid-embed`
@@ -103,8 +133,10 @@ def reid_search(
     html:str=None, # HTML file for a page with images and distances, which needs no other file
     png:str=None, # PNG file for a contact sheet
     where:str=None, # SQL condition on the columns, such as "camid != 3 and time > 60"
+    box:str=None, # Box of the person in a single photo, px: x1,y1,x2,y2
     same:bool=False, # Mark images as the same person or not, by the threshold of `reid-eval --verify`
-    far:float=None, # False accept rate of that threshold; default: 0.001
+    open_set:bool=False, # With `--same`, use the threshold for searches instead of that for pairs: better in a large gallery
+    far:float=None, # False accept rate of the threshold: share of pairs (default: 0.001) or, with `--open-set`, of searches for unknown people (default: 0.01)
     pid:str=None, # Identity in the photos, if known; results are then marked right or wrong if the gallery has identities
     index:bool=False, # Search approximately with an index, which is built if there is none
     model:str=None, # Model of the gallery, if it has been moved
@@ -113,15 +145,16 @@ def reid_search(
 ) -> SearchResults: # Found images
     "Find the gallery images nearest to photos"
     check_int('k', k, 1)
-    if far is not None and not same: raise ValueError(f'--far {far:g}: the threshold is used only with `--same`. Add it, or leave `--far` out.')
-    _check_rate(far := ifnone(far, 1e-3))
+    if not same and (o := f'--far {far:g}' if far is not None else '--open-set' if open_set else ''): raise ValueError(f'{o}: a threshold is used only with `--same`. Add it, or leave `{o.split()[0]}` out.')
+    _check_rate(far := ifnone(far, 1e-2 if open_set else 1e-3))
     files = list_images(photos)
+    boxes = box and _one_box(box, files)
     db = Gallery.load(gallery, model, chosen_device(device))
-    check_outputs(dict(csv=csv, html=html, png=png), {f'photo {brief(o, 60)}': o for o in files})
-    threshold = db.threshold(far) if same else None
+    _check_outputs(dict(csv=csv, html=html, png=png), db, files)
+    threshold = db.threshold(far, open_set) if same else None
     if index and not db.indexed: db.index()
-    res = db.search(files, k, where, exact=not index, pid=pid)
-    if same: res = res.same(threshold, f'false accept rate {far:g}')
+    res = db.search(files, k, where, exact=not index, pid=pid, boxes=boxes)
+    if same: res = res.same(threshold, _meaning(db, far, open_set, res.searched))
     with _quietly(quiet): print(res)
     for o,write in ((csv,res.to_csv), (html,res.to_html), (png,res.to_png)):
         if o: write(o)

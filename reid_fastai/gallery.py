@@ -6,7 +6,8 @@
 __all__ = ['check_new', 'Gallery']
 
 # %% ../nbs/18e_gallery.ipynb #6000999d
-import json,os
+import os,warnings
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +22,16 @@ from .evaluation.distances import as_feats,check_metric
 from .evaluation.nearest import nearest
 from .export import load_embedder
 from .files import checksum,check_writable,model_file,read_bytes
-from .gallery_table import _condition,_database,_format,_key,_lancedb,_proof,_schema,_table
+from .gallery_table import _columns_proof,_condition,_database,_exists,_format,_lancedb,_meta,_missing,_proofs,_remote,_schema,_stored,_table,_vectors_proof
 from .search_results import SearchResults,read_threshold,thumbnail
 
 # %% ../nbs/18e_gallery.ipynb #02f342f7
-def _remote(path): return '://' in str(path)
-
 def check_new(
-    path:str|Path # Folder to create, or address of object storage (not checked)
+    path:str|Path # Folder to create, or address of object storage, which is checked when the gallery is made
 ):
     "Raise `ValueError` unless a new gallery can be created at `path`"
     if _remote(path): return
-    if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)): raise ValueError(f'{brief(path, 120)} exists already, and nothing is replaced. Name another folder, or add to this gallery with `reid-embed --append` or `Gallery.load(…).add(…)`.')
+    if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)): raise _exists(path)
     check_writable(path, folder=True)
 
 class Gallery:
@@ -44,11 +43,11 @@ class Gallery:
         device:str='cpu' # Device of the model
     ):
         store_attr()
-        meta = (table.schema.metadata or {}).get(_key)
-        try: self.meta = json.loads(meta)
-        except (TypeError, ValueError): raise ValueError(f'{brief(path, 120)} is a table, but no gallery of reid_fastai. Name another one.') from None
-        if self.meta['format']>_format: raise ValueError(f'{brief(path, 120)} is of format {self.meta["format"]}, by reid_fastai {self.meta["version"]}; version {__version__} reads up to {_format}.')
-        self._embedder = self._read = None
+        with _database(path): meta = _meta(table.schema)
+        if meta is None: raise ValueError(f'{brief(path, 120)} is a table, but no gallery of reid_fastai, or its description is damaged. Name another one.')
+        if (f := meta['format'])!=_format:
+            raise ValueError(f'{brief(path, 120)} is of format {f}, and version {__version__} reads format {_format}. {"Embed the images anew." if f<_format else "Use version "+meta["version"]+"."}')
+        self.meta,self._embedder,self._read,self._checked = meta,None,None,None
         if model is not None: self._check_model(self.model_file)
 
     @property
@@ -105,7 +104,7 @@ def load(cls:Gallery,
 ) -> Gallery: # The gallery
     "Open a gallery"
     if not _remote(path) and not os.path.isdir(Path(path)/f'{_table}.lance'):
-        raise ValueError(f'{brief(path, 120)} {"is no gallery" if os.path.exists(path) else "does not exist"}. `reid-embed MODEL FOLDER --out {brief(path, 60)}` makes one.')
+        raise _missing(path, 'is no gallery' if os.path.exists(path) else 'does not exist')
     lancedb = _lancedb()
     with _database(path): table = lancedb.connect(str(path)).open_table(_table)
     return cls(path, table, model, device)
@@ -134,7 +133,7 @@ def _images(o): return o if isinstance(o, torch.Tensor) else image_list(o)  # a 
 
 @patch
 def add(self:Gallery,
-    images:list|str|Path|torch.Tensor, # List of paths, uint8 arrays (height, width, 3) or PIL images, or a single one; or a tensor (n, d) of embeddings of the gallery's model
+    images:list|str|Path|torch.Tensor, # List of paths, uint8 arrays (height, width, 3) or PIL images, or a single one; or a tensor (n, d) of embeddings, which must be of the gallery's model and averaged over image and mirror image (`flip=True`), as only their length can be checked
     **columns # `path`, `x1`, `y1`, `x2`, `y2` (px), `time`, `camid`, `pid`: one value per image, or one for all
 ) -> Gallery: # The same gallery
     "Embed images and add them, all or none"
@@ -150,11 +149,25 @@ def add(self:Gallery,
     v = v.numpy()
     schema = _schema(self.meta)
     table = pa.table([pa.FixedSizeListArray.from_arrays(pa.array(v.ravel()), v.shape[1]), *(pa.array(cols[k], schema.field(k).type) for k in _columns),
-                      pa.array(thumbs, pa.binary()), pa.array(_proof(v))], schema=schema)
+                      pa.array(thumbs, pa.binary())], schema=pa.schema([*schema][:-1]))
+    table = table.append_column(schema.field('proof'), pa.FixedSizeListArray.from_arrays(_proofs(table).ravel(), 3))
     with _database(self.path, 'written'): self.table.add(table)
     return self
 
 # %% ../nbs/18e_gallery.ipynb #4e16d437
+_slice = 8192  # rows read at a time; one query for all rows would hold up to 0.5 GB more
+
+@patch
+def _read_all(self:Gallery, columns, f):
+    "Results of `f` for the number of the first row and a table of each slice, with row ids"
+    q = lambda i: self.table.search().select([*columns,'proof']).with_row_id(True).limit(_slice).offset(i).to_batches().read_all()
+    with _database(self.path): return [f(i, q(i)) for i in range(0, self.table.count_rows(), _slice)]
+
+@patch
+def _verify(self:Gallery, n, good, what):
+    "Raise `ValueError` unless all `n` checksums are good"
+    if n!=good: raise ValueError(f'{brief(self.path, 120)} is damaged: {n-good} of {n} {what} do not match their checksums. Restore it from a copy, or embed the images anew.')
+
 @patch
 def _load(self:Gallery):
     "Current embeddings, norms and row ids; the table is read again only if it has changed"
@@ -163,32 +176,50 @@ def _load(self:Gallery):
         version,n = self.table.version,self.table.count_rows()
     if self._read and self._read[0]==version: return self._read[1:]
     self._read = None  # frees the former embeddings
-    need,free = 4*n*self.meta['n_features'],free_memory()
+    need,free = 4*n*self.meta['n_features']+200_000_000,free_memory()  # 0.2 GB for reading and comparing, as measured with 240,000 images
     if free is not None and need>free:
         raise ValueError(f'{brief(self.path, 80)}: an exact search holds {n} embeddings in memory, {need/1e9:.1f} GB; {free/1e9:.1f} GB are free. '
                          'Search with the index: `reid-search --index`, or `index()` and `search(exact=False)`.')
-    with _database(self.path):
-        v,ids,done,at = np.empty((n, self.meta['n_features']), np.float32),np.empty(n, np.int64),0,[]
-        for b in self.table.search().select(['vector','proof']).with_row_id(True).limit(None).to_batches():
-            part = slice(done, done := done+b.num_rows)
-            v[part],ids[part] = b['vector'].flatten().to_numpy().reshape(b.num_rows, -1),b['_rowid'].to_numpy()
-            at.append(b['proof'].to_numpy())
-        bad = (_proof(v)!=np.concatenate(at)).sum() if n else 0
-    if bad: raise ValueError(f'{brief(self.path, 120)} is damaged: {bad} of {n} embeddings do not match their checksums. Restore it from a copy, or embed the images anew.')
+    v,ids = np.empty((n, self.meta['n_features']), np.float32),np.empty(n, np.int64)
+    def read(i, t):
+        part = slice(i, i+len(t))
+        v[part],ids[part] = t['vector'].combine_chunks().flatten().to_numpy().reshape(len(t), -1),t['_rowid'].to_numpy()
+        return (_vectors_proof(t)==_stored(t)[:,0]).sum()
+    self._verify(n, sum(self._read_all(['vector'], read)), 'embeddings')
     v = torch.from_numpy(v)
     self._read = version,v,v.norm(dim=1),ids
     return self._read[1:]
 
 @patch
+def _filter(self:Gallery, where):
+    "`where` as a condition for the database; the columns of all images are verified first"
+    if self._checked!=(version := self.table.version):
+        self._verify(len(self), sum(self._read_all(_columns, lambda i,t: (_columns_proof(t)==_stored(t)[:,2]).sum())), 'images')
+        self._checked = version
+    return _condition(self.table, where)
+
+@patch
 def _rows(self:Gallery, where):
-    "Row ids, in ascending order, of the images that satisfy `where`"
-    text = _condition(self.table, where)
-    with _database(self.path): return np.sort(self.table.search().where(text).select(['camid']).with_row_id(True).limit(None).to_arrow()['_rowid'].to_numpy().astype(np.int64))
+    "Row ids of the images that satisfy `where`"
+    text = self._filter(where)
+    with _database(self.path): return self.table.search().where(text).select(['camid']).with_row_id(True).limit(None).to_arrow()['_rowid'].to_numpy().astype(np.int64)
+
+@patch
+def has(self:Gallery,
+    paths:list, # Paths of images, absolute or relative to the current folder
+    boxes:list|None=None # For each image its box (x1, y1, x2, y2), or None for the whole image
+) -> list: # True for each image that is in the gallery
+    "Whether the gallery has an image with the same path and the same box"
+    keys = [(os.path.abspath(p), *ifnone(b, (None,)*4)) for p,b in zip(paths, ifnone(boxes, [None]*len(paths)))]
+    found,wanted = set(),set(keys)
+    with _database(self.path): self.table.checkout_latest()
+    self._read_all(['path',*_box], lambda i,t: found.update(wanted.intersection(zip(*(t[k].to_pylist() for k in ('path',*_box))))))
+    return [o in found for o in keys]
 
 # %% ../nbs/18e_gallery.ipynb #73d9dc9b
 @patch
 def _approximate(self:Gallery, q, k, n, where):
-    "Row ids (photos, k) and distances from the index over `n` images; rows added after it was built are compared one by one"
+    "Row ids (photos, k) and distances from the index, among `n` images; rows added after it was built are compared one by one"
     ids,dists = np.full((len(q), k), -1),np.full((len(q), k), np.inf)
     ef = max(150, 3*k, round(.75*n**.5))  # in a larger graph, the same recall takes more candidates
     with _database(self.path):
@@ -204,9 +235,12 @@ def _approximate(self:Gallery, q, k, n, where):
 def _found(self:Gallery, ids, dists):
     "Table of the found rows, and their thumbnails"
     at,wanted = np.argwhere(ids>=0),ids[ids>=0]
-    with _database(self.path): t = self.table.take_row_ids(np.unique(wanted).tolist()).with_row_id().select([*_columns,'thumbnail']).to_batches().read_all()
+    with _database(self.path):
+        t = self.table.take_row_ids(np.unique(wanted).tolist()).with_row_id().to_batches().read_all()
+        good = (_proofs(t)==_stored(t)).all(1).sum()
+    self._verify(len(np.unique(wanted)), good, 'found images')
     order = np.argsort(found := t['_rowid'].to_numpy())
-    cols = t.take(order[np.searchsorted(found, wanted, sorter=order)]).to_pydict()
+    cols = t.select([*_columns,'thumbnail']).take(order[np.searchsorted(found, wanted, sorter=order)]).to_pydict()
     typed = {k: pd.array(cols[k], 'Int64') if k=='camid' else np.array(cols[k], float if k in _floats else object) for k in _columns}
     return pd.DataFrame(dict(query=at[:,0], rank=at[:,1]+1, distance=dists[ids>=0], **typed)),cols['thumbnail']
 
@@ -216,26 +250,28 @@ def search(self:Gallery,
     k:int=10, # Number of images to find per photo; fewer if fewer images satisfy `where`
     where:str=None, # Condition in SQL on the columns, such as "camid != 3 and time > 60"; None: all images
     exact:bool=True, # Whether to compare with every image; False: use the index that `index` builds, `ValueError` if there is none
-    pid:list|str|int|None=None # Identities in the photos, if known: one per photo, or one for all
+    pid:list|str|int|None=None, # Identities in the photos, if known: one per photo, or one for all
+    boxes:list|None=None # For each photo the box (x1, y1, x2, y2) of the person, px, or None for the whole photo
 ) -> SearchResults: # The found images of each photo, nearest first
     "Find the nearest images of each photo"
     images = _images(images)
     if not len(images): raise ValueError('No photos to search with: the list is empty.')
     queries = pd.DataFrame(dict(path=[str(o) if isinstance(o, (str,Path)) else None for o in images], pid=column_values('pid', pid, len(images))), dtype=object)
+    if boxes is not None and (isinstance(images, torch.Tensor) or len(boxes)!=len(images)): raise ValueError(f'{len(boxes)} boxes for {len(images)} photos: one for each is needed, or None where the whole photo is meant. Embeddings have no boxes.')
     if exact: v,size,row_ids = self._load()
-    else: self._check_index()
+    elif not (indexed := self.indexed): raise ValueError(f'{brief(self.path, 120)} has no index. Build it with `index()` or `reid-search --index`, or search exactly.')
     n = len(self)
     check_int('k', k, 1)
     if k>n: raise ValueError(f'k={k}: {brief(self.path, 120)} has {n} images. {"Add images first." if n==0 else f"Choose k from 1 to {n}."}')
     ids = None if where is None else self._rows(where)
     if where is not None and not len(ids): raise ValueError(f'where={brief(where, 120)!r}: none of the {n} images satisfies this condition.')
-    q,thumbs = self._embed(images)
-    k,among = (k,f'{n} images') if where is None else (min(k, len(ids)),f'{len(ids)} of {n} images ({brief(where, 120)})')
+    q,thumbs = self._embed(images, boxes)
+    k,among,m = (k,f'{n} images',n) if where is None else (min(k, len(ids)),f'{len(ids)} of {n} images ({brief(where, 120)})',len(ids))
     if exact:
-        rows,dists = nearest(q, v, size, k, self.metric, None if where is None else torch.from_numpy(np.searchsorted(row_ids, ids)))
+        rows,dists = nearest(q, v, size, k, self.metric, None if where is None else torch.from_numpy(np.flatnonzero(np.isin(row_ids, ids))))
         found,how = (row_ids[rows.numpy()],dists.double().numpy()),f'exact search among {among}, {self.metric}'
-    else: found,how = self._approximate(q, k, n, where and _condition(self.table, where)),f'approximate search by an index (HNSW) among {among}, {self.metric}'
-    return SearchResults(*self._found(*found), queries, thumbs, how)
+    else: found,how = self._approximate(q, k, n, where and self._filter(where)),f'approximate search by an index (HNSW{"" if indexed>=n else f" of {indexed} of {n} images"}) among {among}, {self.metric}'
+    return SearchResults(*self._found(*found), queries, thumbs, how, m)
 
 # %% ../nbs/18e_gallery.ipynb #5c4a37e0
 @patch
@@ -251,6 +287,29 @@ def restore(self:Gallery,
     "Go back to an earlier version"
     if version not in (known := self.versions().version.tolist()): raise ValueError(f'version={version}: {brief(self.path, 80)} has versions {brief(", ".join(map(str, known)), 60)}.')
     with _database(self.path): self.table.restore(version)
+    return self
+
+# %% ../nbs/18e_gallery.ipynb #f322a0c0
+@patch
+def delete(self:Gallery,
+    where:str # Condition in SQL on the columns, such as "time < 60"
+) -> Gallery: # The same gallery
+    "Delete the images that satisfy a condition; `restore` brings them back as long as the earlier version exists"
+    with _database(self.path): self.table.checkout_latest()
+    text = self._filter(where)
+    with _database(self.path, 'written'): self.table.delete(text)
+    return self
+
+@patch
+def optimize(self:Gallery,
+    days:float=7 # Drop versions that are older; 0: all but the current one, if no other process uses the gallery
+) -> Gallery: # The same gallery
+    "Join small files, add new images to the index, and drop old versions"
+    if not days>=0: raise ValueError(f'days={days}: it must be a number from 0 upwards.')
+    with _database(self.path, 'written'), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # about 0 days
+        self.table.checkout_latest()
+        self.table.optimize(cleanup_older_than=timedelta(days=days))
     return self
 
 # %% ../nbs/18e_gallery.ipynb #70841d0c
@@ -273,15 +332,12 @@ def indexed(self:Gallery) -> int: # 0 without an index
         self.table.checkout_latest()
         return sum(self.table.index_stats(o.name).num_indexed_rows for o in self.table.list_indices() if o.columns==['vector'])
 
-@patch
-def _check_index(self:Gallery):
-    if not self.indexed: raise ValueError(f'{brief(self.path, 120)} has no index. Build it with `index()` or `reid-search --index`, or search exactly.')
-
 # %% ../nbs/18e_gallery.ipynb #35ecdbfc
 @patch
 def threshold(self:Gallery,
-    far:float=1e-3 # False accept rate: share of the image pairs of different people that count as the same person
+    far:float=1e-3, # False accept rate: share of the image pairs of different people that count as the same person
+    open_set:bool=False # Whether `far` is the share of searches for people who are not in the gallery that find somebody
 ) -> float: # Distance; `SearchResults.same` takes it
-    "Threshold for pairs that `reid-eval --verify` has measured for the gallery's model"
+    "Threshold that `reid-eval --verify` has measured for the gallery's model"
     self._check_model(self.model_file)
-    return read_threshold(self.model_file, self.metric, far)
+    return read_threshold(self.model_file, self.metric, far, open_set)

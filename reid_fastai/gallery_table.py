@@ -6,20 +6,24 @@
 __all__ = []
 
 # %% ../nbs/18c_gallery_table.ipynb #29cd9889
-import json,os
+import json,os,re
 from contextlib import contextmanager
+from zlib import crc32
 
 import numpy as np
 from fastcore.all import *
 from .core import brief
 from .data.boxes import _columns,_floats
+from .files import checksum
 
 # %% ../nbs/18c_gallery_table.ipynb #ef432e97
-_key,_format,_table = b'reid_fastai',1,'images'
+_key,_format,_table = b'reid_fastai',2,'images'
+
+def _remote(path): return '://' in str(path)
 
 def _lancedb():
     "Import the database; it takes seconds, so it is done only when needed"
-    os.environ.setdefault('LANCE_LOG', 'error')  # suppress warnings for its developers
+    for k,v in dict(LANCE_LOG='error', LANCE_INCLUDE_VECTOR_CENTROIDS='false').items(): os.environ.setdefault(k, v)  # suppress warnings for its developers
     try: import lancedb
     except ImportError as e: raise ValueError("A gallery needs the package lancedb, which is not installed: pip install 'reid_fastai[search]'") from e
     return lancedb
@@ -28,35 +32,68 @@ def _schema(meta):
     "Columns of a table of embeddings, with the metadata `meta`"
     import pyarrow as pa
     types = dict(vector=pa.list_(pa.float32(), meta['n_features']), path=pa.string(), **{o: pa.float64() for o in _floats}, camid=pa.int64(), pid=pa.string(),
-                 thumbnail=pa.binary(), proof=pa.uint32())
-    return pa.schema(list(types.items()), metadata={_key: json.dumps(meta).encode()})
+                 thumbnail=pa.binary(), proof=pa.list_(pa.uint32(), 3))
+    return pa.schema(list(types.items()), metadata={_key: json.dumps({**meta, 'sha256': checksum(json.dumps(meta).encode())}).encode()})
 
+def _meta(schema):
+    "Metadata of a table of embeddings; None if there are none, or if they do not match their checksum"
+    try: meta = json.loads((schema.metadata or {})[_key])
+    except (KeyError, ValueError): return None
+    return meta if meta.pop('sha256', None) in (None, checksum(json.dumps(meta).encode())) else None  # galleries of format 1 have none
+
+# %% ../nbs/18c_gallery_table.ipynb #026ea6f1
 def _proof(v):
-    "Checksums (n,) of the rows of float32 `v`; with odd weights, every change of a single number changes the sum"
+    "Checksums (n,) of the rows of `v`, numbers of 32 bits; with odd weights, every change of a single number changes the sum"
     w = np.arange(1, 2*v.shape[1], 2, dtype=np.uint32)
     return np.concatenate([(o.view(np.uint32)*w).sum(1, dtype=np.uint32) for o in np.split(v, range(4096, len(v), 4096))])
 
+def _crcs(a): return np.array([0 if o is None else crc32(o) for o in a.to_pylist()], np.uint32)
+
+def _words(a):
+    "Column `a` of Arrow as numbers (n, m) of 32 bits: whether each value is known, and a checksum of the text or the two halves of the number"
+    import pyarrow as pa
+    x = _crcs(a.cast(pa.binary()))[:,None] if a.type==pa.string() else np.ascontiguousarray(a.fill_null(0).to_numpy()).view(np.uint32).reshape(-1, 2)
+    return np.column_stack([a.is_valid().to_numpy(zero_copy_only=False), x]).astype(np.uint32)
+
+def _vectors_proof(t): return _proof(t['vector'].combine_chunks().flatten().to_numpy().reshape(len(t), -1))
+def _columns_proof(t): return _proof(np.concatenate([_words(t[k].combine_chunks()) for k in _columns], 1))
+
+def _proofs(t):
+    "The column `proof` of table `t` of Arrow: (n, 3)"
+    return np.stack([_vectors_proof(t), _crcs(t['thumbnail']), _columns_proof(t)], 1)
+
+def _stored(t): return t['proof'].combine_chunks().flatten().to_numpy().reshape(len(t), 3)
+
 # %% ../nbs/18c_gallery_table.ipynb #f4207ba2
+def _exists(path): return ValueError(f'{brief(path, 120)} exists already, and nothing is replaced. Name another place, or add to this gallery with `reid-embed --append` or `Gallery.load(…).add(…)`.')
+def _missing(path, why='does not exist'): return ValueError(f'{brief(path, 120)} {why}. `reid-embed MODEL FOLDER --out {brief(path, 60)}` makes a gallery.')
+
+def _plainly(text):
+    "A message of the database without the layers that passed it on, and the place in its source"
+    return re.sub(r'^.*(sql parser error: |Invalid user input: |Error during planning: |lance error: |Invalid input, )', '', re.split(r', /\S+\.rs:|\. (?:Valid fields|No function)', text)[0], flags=re.S).rstrip(')')
+
 @contextmanager
 def _database(path, doing='read'):
     "Turn errors of the database into a `ValueError` of one sentence"
     try: yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit): raise
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError): raise
     except BaseException as e:  # a panic of its Rust code is no `Exception`
         text = str(e)
         if 'No space left' in text or 'Disk quota' in text: raise ValueError(f'{brief(path, 120)} cannot be written: no space is left on the device.') from e
-        if doing=='read': why = 'is damaged, or no gallery. Restore it from a copy, go back to an earlier version, or embed the images anew'
+        if text==f"Table '{_table}' already exists": raise _exists(path) from e
+        if _remote(path) and text==f"Table '{_table}' was not found": raise _missing(path) from e
+        if doing=='read' and _remote(path): why = 'cannot be read. Check address, credentials and connection; if they are right, it is damaged or no gallery'
+        elif doing=='read': why = 'is damaged, or no gallery. Restore it from a copy, go back to an earlier version, or embed the images anew'
         else: why = f'cannot be {doing}'
-        raise ValueError(f'{brief(path, 90)} {why} ({brief(text.split(", /")[0].replace("lance error: ", ""), 90)}).') from e
+        raise ValueError(f'{brief(path, 90)} {why} ({brief(_plainly(text), 90)}).') from e
 
 # %% ../nbs/18c_gallery_table.ipynb #e2b99855
 def _condition(table, where):
     "`where` in brackets; raises `ValueError` if the database would read only the beginning of it"
     text,n = f'({where}\n)',table.count_rows()
     try: whole = table.count_rows(f'{text} and false')==0 and table.count_rows(f'{text} or true')==n
-    except (KeyboardInterrupt, SystemExit): raise
+    except (KeyboardInterrupt, SystemExit, MemoryError): raise
     except BaseException as e:
-        why = brief(str(e).split('(sql parser error: ')[-1].rstrip(')').removeprefix('Invalid input, ').replace('?.', '?'), 120)
-        raise ValueError(f'where={brief(where, 80)!r} is not a valid condition on the columns {", ".join(_columns)}: {why}') from e
+        raise ValueError(f"where={brief(where, 60)!r} is not a valid condition on path and pid (text, as in pid = '7') and {', '.join(_floats)} and camid (numbers): {brief(_plainly(str(e)).replace('?.', '?'), 100)}") from e
     if not whole: raise ValueError(f'where={brief(where, 80)!r}: this is not a single condition. Write one, such as: camid != 3 and time > 60')
     return text

@@ -45,7 +45,8 @@ class SearchResults:
         thumbs:list, # JPEG of each row, or None
         queries:pd.DataFrame, # One row per photo: `path` and `pid`, None if unknown
         q_thumbs:list, # JPEG of each photo; None if it was given as an embedding
-        how:str # Description of the search, for display
+        how:str, # Description of the search, for display
+        searched:int|None=None # Number of images that each photo was compared with, if known
     ):
         store_attr()
         pid = queries.pid.to_numpy()[df['query']]
@@ -58,7 +59,7 @@ class SearchResults:
     def _brief(self):
         "Columns that are not empty, as text; file names without folders"
         df = self.df[[c for c in self.df if c in ('query','rank','distance','path') or self.df[c].notna().any()]]
-        text = lambda o: f'{o:g}' if isinstance(o, float) and not pd.isna(o) else _known(o)
+        text = lambda o: f'{o:.15g}' if isinstance(o, float) and not pd.isna(o) else _known(o)
         return df.assign(path=df.path.map(_name), distance=df.distance.map('{:.4f}'.format)).astype(object).map(text)
 
 # %% ../nbs/18d_search_results.ipynb #18cb1f0c
@@ -70,13 +71,14 @@ def same(self:SearchResults,
     "Mark each found image as the same person or not"
     how = f'{self.how}; same person: distance ≤ {threshold:.4f}' + (f' ({note})' if note else '')
     df = self.df.drop(columns='match')
-    return SearchResults(df.assign(same=df.distance<=threshold), self.thumbs, self.queries, self.q_thumbs, how)
+    return SearchResults(df.assign(same=df.distance<=threshold), self.thumbs, self.queries, self.q_thumbs, how, self.searched)
 
 # %% ../nbs/18d_search_results.ipynb #0d5044da
 def read_threshold(
     model:str|Path, # Run folder, or model file with `verification.json` beside it
     metric:str, # 'cosine' or 'euclidean'
-    far:float=1e-3 # False accept rate, one of those in the file
+    far:float=1e-3, # False accept rate, one of those in the file
+    open_set:bool=False # Whether it is the rate of searches for people who are not in the gallery, instead of that of pairs
 ) -> float: # Threshold, a distance
     "Read a threshold that `reid-eval --verify` has measured for a model, to use with embeddings averaged over image and mirror image"
     v,file = read_verification(model),model_file(model)
@@ -84,9 +86,10 @@ def read_threshold(
     again = ' '.join(L('reid-eval', brief(run, 60), v['data'] and brief(v['data'], 60), '--verify', metric!='cosine' and f'--metric {metric}').filter())
     if not v['flip']: raise ValueError(f'{file} was measured with --no-flip, and galleries average embeddings over image and mirror image. Measure it anew: {again}')
     if v['metric']!=metric: raise ValueError(f'{file} has thresholds for {brief(v["metric"], 20)} distances, and the gallery has {metric}. Measure it anew: {again}')
-    known = {float(k): o['threshold'] for k,o in v['thresholds'].items()}
+    known = {float(k): o['threshold'] for k,o in v['dir' if open_set else 'thresholds'].items()}
+    if not known: raise ValueError(f'{file} has no thresholds of the open set, as too few queries were measured. Measure with more: {again}')
     if (res := first(t for k,t in known.items() if np.isclose(k, far, rtol=1e-6, atol=0))) is None:
-        raise ValueError(f'far={far:g}: {file} has thresholds for {", ".join(f"{o:g}" for o in known)}. Choose one of them, or measure it: {again} --far {far}')
+        raise ValueError(f'far={far:g}: {file} has thresholds {"of the open set " if open_set else ""}for {", ".join(f"{o:g}" for o in known)}. Choose one of them{"." if open_set else f", or measure it: {again} --far {far}"}')
     if not np.isfinite(res): raise ValueError(f'far={far:g}: too few pairs were measured for a threshold at this rate. Choose a higher one of {", ".join(f"{o:g}" for o in known)}.')
     return res
 
@@ -125,29 +128,33 @@ def _draw(sheet, at, thumb, lines, colour='#404040'):
     sheet.paste(im, (left,top))
 
 @patch
-def sheet(self:SearchResults
-    ) -> Image.Image: # Contact sheet with 120×176 px per image
-    "Draw photos and found images"
-    df = self.df
-    res = Image.new('RGB', ((1+df['rank'].max())*_cell[0], len(self)*_cell[1]), 'white')
-    for i,q in enumerate(self.queries.itertuples()): _draw(res, (0,i), self.q_thumbs[i], [_name(q.path, f'photo {i}'), _known(q.pid)])
-    for thumb,row in zip(self.thumbs, df.to_dict('records')):
+def sheet(self:SearchResults,
+    n:int|None=None # Number of photos to draw; None: all
+) -> Image.Image: # Contact sheet with 120×176 px per image
+    "Draw photos and found images; a last line says how many photos were left out"
+    df,n = self.df,min(len(self), ifnone(n, len(self)))
+    res = Image.new('RGB', ((1+df['rank'].max())*_cell[0], n*_cell[1]+_text*(n<len(self))), 'white')
+    if n<len(self): ImageDraw.Draw(res).text((4, n*_cell[1]+8), f'The first {n} of {len(self)} photos', fill='#404040', font=_font(11))
+    for i,q in enumerate(self.queries[:n].itertuples()): _draw(res, (0,i), self.q_thumbs[i], [_name(q.path, f'photo {i}'), _known(q.pid)])
+    for thumb,row in zip(self.thumbs, df[df['query']<n].to_dict('records')):
         match = row['match']
         _draw(res, (row['rank'],row['query']), thumb, [f'{row["distance"]:.4f} {_mark(row)}', _known(row['pid']) or _name(row['path'])],
               '#404040' if match is None else _right if match else _wrong)
     return res
+
+def _png(im):
+    im.save(b := io.BytesIO(), 'PNG')
+    return b.getvalue()
 
 @patch
 def to_png(self:SearchResults,
     path:str|Path # File to write or replace
 ):
     "Write the contact sheet"
-    atomic_write(path, self._repr_png_())
+    atomic_write(path, _png(self.sheet()))
 
 @patch
-def _repr_png_(self:SearchResults):
-    self.sheet().save(b := io.BytesIO(), 'PNG')
-    return b.getvalue()
+def _repr_png_(self:SearchResults): return _png(self.sheet(20))
 
 # %% ../nbs/18d_search_results.ipynb #88727304
 _css = '''body{font:15px/1.4 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;color:#222;background:#fff;overflow-wrap:anywhere}
@@ -166,7 +173,7 @@ def _said(row):
     "Lines of text for a found image"
     box = '' if pd.isna(row.get('x1')) else 'box ' + ', '.join(f'{row[c]:g}' for c in _box)
     return [f'{row["rank"]}. {row["distance"]:.4f} {_mark(row)}', _known(row['pid']), '' if pd.isna(row.get('camid')) else f'camera {row["camid"]:g}',
-            '' if pd.isna(row.get('time')) else f'time {row["time"]:.10g}', _name(row['path']), box]
+            '' if pd.isna(row.get('time')) else f'time {row["time"]:.15g}', _name(row['path']), box]
 
 @patch
 def to_html(self:SearchResults,

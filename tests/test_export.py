@@ -293,6 +293,8 @@ def page(n):
 def test_numpy_example(net, files, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for o,f in zip(('query.jpg','a.jpg','b.jpg'), files): Path(o).write_bytes(f.read_bytes())
+    (exif := Image.Exif())[0x0112] = 6  # a photo of a camera on its side
+    Image.open(files[1]).transpose(Image.Transpose.ROTATE_90).save('a.jpg', exif=exif, quality=95)
     x = torch.from_numpy(np.stack([read_image(o, size) for o in ('query.jpg','a.jpg','b.jpg')]))
     export_net(net, 'model.onnx', x, flip=True, normalize=True)
     exec(page(0), space := {})

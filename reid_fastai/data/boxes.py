@@ -6,7 +6,7 @@
 __all__ = ['column_values', 'check_box', 'check_boxes', 'crop_boxes', 'read_boxes']
 
 # %% ../../nbs/07b_data.boxes.ipynb #f2aced84
-import os
+import os,re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +23,11 @@ from ..files import read_bytes
 _box = 'x1','y1','x2','y2'
 _floats = (*_box,'time')
 _columns = ('path',*_floats,'camid','pid')
+
+def _whole(texts):
+    "'7' for '7.0', if all of `texts` that are known are whole numbers"
+    found = [o and re.fullmatch(r'(-?\d+)(\.0*)?', o) for o in texts]
+    return [m and m[1] for m in found] if all(o is None or m for o,m in zip(texts, found)) else texts
 
 def column_values(
     name:str, # One of path, x1, y1, x2, y2, time, camid and pid
@@ -42,7 +47,8 @@ def column_values(
         except (TypeError, ValueError): x = np.nan
         if not np.isfinite(x) or name=='camid' and (x%1 or abs(x)>2**53): raise ValueError(f'{name} of {what} {i+1} is {brief(o, 40)!r}; a {"whole " if name=="camid" else ""}number is needed.')
         return int(x) if name=='camid' else x
-    return [f(i, o) for i,o in enumerate(values)]
+    res = [f(i, o) for i,o in enumerate(values)]
+    return _whole(res) if name=='pid' else res
 
 # %% ../../nbs/07b_data.boxes.ipynb #dd999850
 def check_box(
@@ -91,21 +97,22 @@ def crop_boxes(
 
 # %% ../../nbs/07b_data.boxes.ipynb #ac577e07
 def read_boxes(
-    path:str|Path, # CSV file with columns `path`, `x1`, `y1`, `x2`, `y2` and, if known, `time`, `camid`, `pid`
+    path:str|Path, # CSV file with a column `path`, all or none of `x1`, `y1`, `x2`, `y2`, and, if known, `time`, `camid`, `pid`
     root:str|Path|None=None # Folder that paths are relative to; None: that of the file
 ) -> dict: # List of values by column name; paths include the folder
     "Read a table of boxes"
     if not os.path.isfile(path := Path(path)): read_bytes(path)  # says what is amiss
     df = _read_table(path)[0]
     df = df.rename(columns={o: _plain(o) for o in df if _plain(o) in _columns})
-    if missing := [o for o in ('path',*_box) if o not in df]:
-        raise ValueError(f'{brief(path, 110)}: column{"s"*(len(missing)>1)} {", ".join(missing)} missing; path, x1, y1, x2, y2 are needed and, if known, time, camid, pid. Found: {brief(", ".join(map(str, df)), 60)}.')
-    if not len(df): raise ValueError(f'{brief(path, 120)} has no rows, so there are no boxes.')
+    needed = 'path',*(_box if any(o in df for o in _box) else ())
+    if missing := [o for o in needed if o not in df]:
+        raise ValueError(f'{brief(path, 110)}: column{"s"*(len(missing)>1)} {", ".join(missing)} missing; path, all or none of x1, y1, x2, y2, and, if known, time, camid, pid are needed. Found: {brief(", ".join(map(str, df)), 60)}.')
+    if not len(df): raise ValueError(f'{brief(path, 120)} has no rows, so there are no images.')
     try: cols = {o: column_values(o, df[o].str.strip(), len(df), 'row') for o in _columns if o in df}
     except ValueError as e: raise ValueError(f'{brief(path, 110)}: {e}') from e
-    if (gap := first(i for i in range(len(df)) if any(cols[o][i] is None for o in ('path',*_box)))) is not None:
-        raise ValueError(f'{brief(path, 120)}: row {gap+1} has no {first(o for o in ("path",*_box) if cols[o][gap] is None)}. Fill it in, or leave the row out.')
+    if (gap := first(i for i in range(len(df)) if any(cols[o][i] is None for o in needed))) is not None:
+        raise ValueError(f'{brief(path, 120)}: row {gap+1} has no {first(o for o in needed if cols[o][gap] is None)}. Fill it in, or leave the row out.')
     root = os.path.abspath(ifnone(root, path.parent))
-    cols['path'] = [os.path.join(root, o) for o in cols['path']]
+    cols['path'] = [os.path.abspath(os.path.join(root, o)) for o in cols['path']]
     if gone := [o for o in L(cols['path']).unique() if not os.path.isfile(o)]: raise ValueError(f'{brief(path, 80)}: {len(gone)} image{"s do" if len(gone)>1 else " does"} not exist, such as {brief(gone[0], 100)}. Paths are relative to {brief(root, 60)}.')
     return cols

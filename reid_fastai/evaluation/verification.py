@@ -224,7 +224,7 @@ def save(self:Verification,
     far:float|list|None=None # Further false accept rates, as for `summary`
 ) -> pd.DataFrame: # Table of `summary`
     "Write thresholds, rates and ROC curve"
-    figures = dict(flip=flip, model=checksum(read_bytes(model)), metric=self.results.dists.metric, data=str(data), n_match=self.n_match, n_nonmatch=self.n_nonmatch, eer=self.eer,
+    figures = dict(flip=flip, model=checksum(read_bytes(model)), metric=self.results.dists.metric, data=str(data), n_match=self.n_match, n_nonmatch=self.n_nonmatch, n_gallery=len(self.results._g[0]), eer=self.eer,
                    thresholds=_rates((res := self.summary(far))[['threshold','low','high','tar']]), dir=_rates(self.open_set()))
     atomic_write(Path(folder)/'verification.csv', self.roc().to_csv(index=False))
     write_json(Path(folder)/'verification.json', figures)
@@ -232,14 +232,14 @@ def save(self:Verification,
 
 def read_verification(
     model_path:str|Path # Run folder, or file of `save_model`, with verification.json beside it
-) -> dict: # 'flip', 'model', 'metric', 'data', 'n_match', 'n_nonmatch', 'eer', 'thresholds': {'0.001': {'threshold', 'low', 'high', 'tar'}}, 'dir': {'0.01': {'threshold', 'dir'}}
+) -> dict: # 'flip', 'model', 'metric', 'data', 'n_match', 'n_nonmatch', 'n_gallery' (images in the gallery, missing in older files), 'eer', 'thresholds': {'0.001': {'threshold', 'low', 'high', 'tar'}}, 'dir': {'0.01': {'threshold', 'dir'}}
     "Thresholds that are stored with a model; `ValueError` if there are none or they belong to another model"
     file = model_file(model_path)
     path,again = file.with_name('verification.json'),f'reid-eval {model_path} --verify'
     if not path.exists(): raise ValueError(f'{file} has no verification.json beside it, so no threshold is known. Create it: {again}')
     res = read_json(path)
     ok = lambda d,keys: all(isinstance(o, dict) and all(isinstance(o.get(k), float) for k in keys) for o in d.values())
-    if not (all(isinstance(res.get(k), t) for k,t in _names.items()) and ok(res['thresholds'], ('threshold','tar')) and ok(res['dir'], ('threshold','dir'))):
+    if not (all(isinstance(res.get(k), t) for k,t in _names.items()) and isinstance(res.get('n_gallery', 0), int) and ok(res['thresholds'], ('threshold','tar')) and ok(res['dir'], ('threshold','dir'))):
         raise ValueError(f'{path} is not a file of `reid-eval --verify`. Create it again: {again}')
     if res['model']!=checksum(read_bytes(file)): raise ValueError(f'{path} belongs to another model than {file.name}: the checksums differ. Move it to another folder, and create it again: {again}')
     return res
