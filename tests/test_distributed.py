@@ -127,12 +127,16 @@ def launched(*argvs, cwd):
     assert not any(p.returncode for p in ps), said
     return said
 
+launchers = pytest.mark.skipif(not os.environ.get('LAUNCHERS'), reason='`make attack` runs it')
+
+@launchers
 def test_two_nodes(outcome, tmp_path):
     "Two agents of torchrun, with a process each"
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     launched(*[[sys.executable, '-m', 'torch.distributed.run', '--nnodes', 2, '--nproc-per-node', 1, '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'localhost:{port}', here/'several.py', tmp_path, 'statistics']]*2, cwd=tmp_path)
     for rank in 0,1: assert max(distance(torch.load(tmp_path/f'statistics-2-{rank}.pth', weights_only=False)['weights'], outcome('statistics', 1)['weights']))<1e-9
 
+@launchers
 def test_accelerate(tmp_path):
     "Starts the processes as the page says"
     pytest.importorskip('accelerate')
