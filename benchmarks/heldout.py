@@ -20,7 +20,7 @@ from reid_fastai.runs import chosen_device, load_splits, result_figures, search_
 def main(a):
     out = Path(a.comparison)
     if not (out/'results.csv').exists(): raise ValueError(f'{out} is no folder of a finished `reid-compare`: results.csv is missing.')
-    cfg,runs = read_json(out/'comparison.json')['cfg'],pd.read_csv(out/'results.csv').query('stage=="tune"')
+    cfg,runs = read_json(out/'comparison.json')['cfg'],pd.read_csv(out/'results.csv').query('stage=="tune"').dropna(subset='folder')  # a training that diverged has none
     if len(runs)<3: raise ValueError(f'{out} has {len(runs)} tuning runs; a rank correlation needs at least 3. Give `reid-compare` several strengths.')
     rows,(df,files) = Rows(out/'heldout.csv'),search_rows(load_splits(cfg['data']))
     for r in runs.itertuples():

@@ -2,7 +2,7 @@
 
     python benchmarks/training.py [--arch resnet50] [--size 256 128] [--precision bf16] [--torchreid DIR] [--fastreid DIR]
 
-- bare loop: the same network, loss, penalty and optimizer, batches of floats at hand; no loader, no augmentation, no callback.
+- bare loop: the same network, loss, penalty and optimizer, batches of floats at hand; no loader, no augmentation, no callback. `--compile` adds one with a compiled network.
 - fit: `reid_learner.fit` of images in memory, with augmentation and `AdaptiveL2`.
 - from files: what `reid-train` does, from image files on: decoding once, then the epochs. torchreid (`ImageTripletEngine.train`) and fast-reid (`SimpleTrainer`)
   train the same backbone from the same files at the same size and batch, with their own loaders, samplers, transforms and losses.
@@ -71,10 +71,11 @@ def ours_from_files(a):
         return -(time.perf_counter()-start)*(1-1/a.epochs)  # what one epoch does not pay
     return go
 
-def bare(a):
+def bare(a, compiled=False):
     dls = loaders(a)
     batches = [(x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor)) for x,y,_ in dls.train]
     net,loss_func = network(a, dls.c).train(),ReIDLoss()
+    if compiled: net.compile()
     reg = AdaptiveL2Regularizer(net).to(device())
     opt = torch.optim.Adam([*net.parameters(), reg.theta], lr=1e-4, eps=1e-7, fused=True)
     scaler = torch.amp.GradScaler(device().type, enabled=a.precision=='fp16')
@@ -168,6 +169,7 @@ def timed(go):
 
 def main(a):
     ways = {'bare loop': bare, 'fit': ours_in_memory}
+    if a.compile: ways['bare loop, compiled'] = lambda a: bare(a, compiled=True)
     if a.torchreid or a.fastreid: ways['from files'] = ours_from_files
     if a.torchreid: ways['torchreid'] = torchreid
     if a.fastreid: ways['fast-reid'] = fastreid
@@ -183,6 +185,7 @@ def main(a):
     cols = dict(zip(gos, zip(*ts)))
     def ratio(k, of): return statistics.median(o/t for o,t in zip(cols[of], cols[k]))
     print(f'  fit is {ratio("fit", "bare loop"):.3f} × the bare loop (goal 0.97)', flush=True)
+    if a.compile: print(f'  compiled: {ratio("bare loop, compiled", "bare loop"):.2f} × the bare loop')
     for peer in 'torchreid','fast-reid':
         if peer in cols: print(f'  from files, {a.epochs} epochs of {a.steps} steps: {ratio("from files", peer):.2f} × {peer} (goal 1.5)')
     print('\n| loop | images/s | peak memory, GB |\n|---|---|---|', flush=True)
@@ -199,6 +202,7 @@ if __name__=='__main__':
     p.add_argument('--rounds', type=int, default=5)
     p.add_argument('--epochs', type=int, default=10, help='over which decoding once is spread')
     p.add_argument('--precision', default='fp32', choices=list(precisions), help='of ours and of the bare loop')
+    p.add_argument('--compile', action='store_true', help='also compile the network of the bare loop; this takes minutes')
     p.add_argument('--torchreid', metavar='DIR')
     p.add_argument('--fastreid', metavar='DIR')
     p.add_argument('--data', default=None, help='dataset in the layout of Market-1501; default: rendered people')

@@ -1081,6 +1081,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'reid_fastai.experiments._check_grids': ( 'experiments.html#_check_grids',
                                                                                    'reid_fastai/experiments.py'),
                                          'reid_fastai.experiments._final': ('experiments.html#_final', 'reid_fastai/experiments.py'),
+                                         'reid_fastai.experiments._folder': ('experiments.html#_folder', 'reid_fastai/experiments.py'),
                                          'reid_fastai.experiments._inner': ('experiments.html#_inner', 'reid_fastai/experiments.py'),
                                          'reid_fastai.experiments._label_ends': ( 'experiments.html#_label_ends',
                                                                                   'reid_fastai/experiments.py'),

@@ -69,7 +69,7 @@ class RunConfig:
         flip:bool=True, # Average embeddings over image and mirror image
         rerank:bool=False, # Also evaluate after k-reciprocal re-ranking
         precision:str=None, # Precision of training: 'fp32', 'bf16' or 'fp16'; default: bf16 on a GPU that supports it, else fp32
-        compile:bool=False, # Compile the network with torch.compile: the start takes minutes longer, each step is faster
+        compile:bool=False, # Compile the network with torch.compile, for GPUs: the start takes minutes longer; on a CPU, steps can take longer too
         seed:int=42, # Seed of the batches, the augmentation and the new weights
         curve:list=None # λ at the start and after each epoch, for l2='annealed', the control experiment of a comparison
     ):

@@ -7,7 +7,7 @@ __all__ = ['ARMS', 'GRIDS', 'ALL_ARMS', 'next_strength', 'tune', 'Comparison', '
            'difference_table', 'plot_strengths', 'plot_learning_curves', 'plot_mean_lambda', 'markdown_table']
 
 # %% ../nbs/20_experiments.ipynb #1e31c3da
-import json,re,warnings
+import json,warnings
 from contextlib import contextmanager
 from itertools import chain
 from math import sqrt
@@ -125,10 +125,12 @@ class Comparison:
             raise ValueError(f'{self.out} was begun with {diff[0]}={before.get(diff[0])!r}, but this call has {now[diff[0]]!r}. Take another folder for another comparison.')
 
 # %% ../nbs/20_experiments.ipynb #2f33596f
+def _folder(stage, arm, strength, seed): "Name of a run's folder"; return '-'.join([stage, arm, *([f'{strength:.4g}'] if strength else []), f'seed{seed}'])
+
 @patch
 def _train(self:Comparison, stage, splits, arm, seed, strength=None, **options):
     "Train one run and add its row to the table"
-    name = '-'.join([stage, arm, *([f'{strength:.4g}'] if strength else []), f'seed{seed}'])
+    name = _folder(stage, arm, strength, seed)
     print(f'\n{name}')
     cfg = self.cfg.with_l2(arm, strength, seed=seed, **options)
     new = told(not (self.out/name/'results.json').exists())
@@ -176,8 +178,7 @@ def run(self:Comparison
             for arm in sorted(self.arms, key=ALL_ARMS.index):
                 opts = {}
                 if arm=='annealed':
-                    adaptive = f'final-adaptive-{strengths["adaptive"]:.4g}-seed{seed}'
-                    lam = read_table(self.out/adaptive/'lambdas.csv')
+                    lam = read_table(self.out/_folder('final', 'adaptive', strengths['adaptive'], seed)/'lambdas.csv')
                     opts['curve'] = lam.groupby('epoch').lam.mean().tolist()
                 self._train('final', self.splits, arm, seed, strengths.get(arm), **opts)
         self._report()
@@ -189,7 +190,9 @@ def _again(out):
     how = f'Give the same command again to go on with {out}.'
     try: yield
     except KeyboardInterrupt as e: raise type(e)(f'Complete runs are kept. {how}') from e
-    except (WriteError,LostProcess) as e: raise type(e)(f'{re.split(" When there is space| The run is kept", str(e))[0]} {how}') from e
+    except (WriteError,LostProcess) as e:
+        why = e.__cause__ if isinstance(e.__cause__, type(e)) else e  # without the advice of `train_run`
+        raise type(e)(f'{why} {how}') from e
 
 # %% ../nbs/20_experiments.ipynb #7af1471a
 def paired_difference(

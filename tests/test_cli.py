@@ -267,6 +267,19 @@ def test_a_diverged_strength_counts_as_0(monkeypatch, tmp_path, data):
         assert (cmp := Comparison(tmp_path/'c', read_dataset(data), RunConfig(data), arms=['decoupled'], tune_pids=.25))._strengths()=={'decoupled': 7.5}
     assert [(o['strength'],o['mAP']) for o in cmp.rows]==[(37.5,0.)]  # it is in the table, and counted in the summary
 
+def test_tuning_with_distractors(monkeypatch, tmp_path, data):
+    "All arms are tuned with their own strengths on the same people, among images of others"
+    from reid_fastai.experiments import Comparison
+    tried = []
+    def train(self, stage, splits, arm, seed, strength):
+        tried.append((arm, strength))
+        assert stage=='tune' and splits is self.held
+        return dict(mAP=1/(1+abs(strength-2)))
+    monkeypatch.setattr(Comparison, '_train', train)
+    cmp = Comparison(tmp_path/'c', read_dataset(data), RunConfig(data), arms=['rotation','decoupled'], strengths=dict(rotation=[1,2,4], decoupled=[.5,2,8]), tune_pids=.25, tune_distractors=.5)
+    assert cmp._strengths()==dict(rotation=2, decoupled=2) and {*tried}>={('rotation',4.), ('decoupled',8.)}
+    assert cmp.held.counts().distractors.gallery>0
+
 def test_eval_on_other_data_with_kept_features(run, tmp_path, shell):
     "A model, another dataset: the figures of its images, re-ranked too, and again from the kept embeddings unless an image has changed"
     import shutil

@@ -203,7 +203,8 @@ def test_results_of_a_folder_given_as_text(tmp_path):
     (reid_compare, ['--arms', 'none', 'none'], ['none', 'once']), (reid_compare, ['--factors', '-1', '--amplitudes', '1'], ['factor']), (reid_compare, ['--amplitudes', '1e-3', '0', '1'], ['amplitude']),
     (reid_train, ['--amplitude', '1e20'], ['amplitude', '1,000,000']), (reid_train, ['--factor', '9'*20], ['factor', '1,000,000']),
     (reid_train, ['--factor', '0.1'], ['--factor 0.1: --l2 adaptive does not use it']), (reid_train, ['--l2', 'conventional', '--amplitude', '0.1'], ['--amplitude 0.1', '--l2 auto']),
-    (reid_compare, ['--tune-pids', '2'], ['identities']), (reid_compare, ['--seeds', '0'], ['seeds=0'])])
+    (reid_compare, ['--strengths', 'rotation:0.1'], ['--strengths rotation:0.1', 'rotation=0.002,0.01,0.05']), (reid_compare, ['--strengths', 'rotation=0.1'], ['rotation', 'not among the arms']),
+    (reid_compare, ['--tune-distractors', '2'], ['images']), (reid_compare, ['--tune-pids', '2'], ['identities']), (reid_compare, ['--seeds', '0'], ['seeds=0'])])
 def test_bad_options_are_refused_before_anything_is_trained(func, args, words, data, tmp_path, shell, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, 'fit_run', lambda *_: pytest.fail('it trains'))
