@@ -264,7 +264,7 @@ def test_two_writers_and_a_killed_one(home):
     assert len(g.search(torch.ones(1, 512), 3).df)==3
     assert len(g.add(torch.ones(2, 512)))==n+50*(16+len(mine))+2
 
-def test_interrupted_embedding_leaves_nothing(home, files, monkeypatch):
+def test_interrupted_embedding_leaves_nothing(home, data, files, monkeypatch):
     from reid_fastai import gallery as mod
     class Stop:
         def __init__(self, e): self.e,self.size,self.n = e,e.size,0
@@ -277,7 +277,7 @@ def test_interrupted_embedding_leaves_nothing(home, files, monkeypatch):
     with pytest.raises(KeyboardInterrupt): reid_embed(home/'run', [str(o) for o in files], out=home/'new', quiet=True)
     assert tree(home)==before
     monkeypatch.setattr(mod, 'load_embedder', lambda *a: (s := Stop(load_embedder(*a)), setattr(s, 'n', 1))[0])
-    with pytest.raises(KeyboardInterrupt): reid_embed(home/'run', [str(o) for o in files], out=home/'people', append=True, quiet=True)
+    with pytest.raises(KeyboardInterrupt): reid_embed(home/'run', [str(data/'query')], out=home/'people', append=True, quiet=True)
     assert tree(home)==before
 
 def test_damaged_files_never_change_an_answer(home):
