@@ -16,7 +16,6 @@ from .interpret import *
 from .portable import *
 from .export import *
 from .search_results import *
-from .gallery_table import *
 from .gallery import *
 from .config import *
 from .results import *

@@ -337,7 +337,7 @@ def summary(self:Comparison
            if tuned else 'Strengths were given beforehand, none was tuned.')
     metrics = ['mAP','Rank-1'] + (['mAP re-ranked','Rank-1 re-ranked'] if c.rerank else [])
     parts = [f'# {self.splits.name}: regularisers compared', f'{c.arch}, {c.size[0]}×{c.size[1]} px, {c.epochs} epochs, recipe {c.recipe}, seeds {c.seed} to {c.seed+self.seeds-1}. '
-             f'{how} The last epoch counts. Per cent; mean ± standard deviation over seeds; differences are paired by seed, ± half the 95 % interval.',
+             f'{how} The last epoch counts. Per cent; mean ± standard deviation over seeds; differences are paired by seed, ± half the 95 % interval. The intervals include the variation of seeds, not that of the test images or of the choice of strength.',
              markdown_table(comparison_table(self.runs, metrics).reset_index())]
     if len(self.arms)>2: parts += ['## Differences in mAP, row − column', markdown_table(difference_table(self.runs).reset_index())]
     if tuned: parts += ['## Tuning', markdown_table(pd.DataFrame([dict(arm=o['arm'], strength=f'{o["strength"]:g}', **{'held-out mAP': f'{o["mAP"]:.2f}'}) for o in tuned]))]

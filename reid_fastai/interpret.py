@@ -21,7 +21,7 @@ from torch import Tensor,nn
 from torch.nn import functional as F
 
 from .callback.evaluation import _test_df
-from .core import brief,evaluating,unwrap
+from .core import RIGHT,WRONG,brief,evaluating,unwrap
 from .data.image import image_list,open_image
 from .evaluation.metrics import RetrievalResults
 from .learner import ReIDLearner
@@ -42,8 +42,6 @@ def _getter(imgs, n, name):
     return lambda i: as_image(imgs.iloc[i] if hasattr(imgs, 'iloc') else imgs[i])
 
 # %% ../nbs/17_interpret.ipynb #1b864246
-_right,_wrong = '#2ca02c','#d62728'
-
 def _who(pid, camid, pid_names, camid_names):
     "Identity and camera, by name if they have one"
     def named(what, o, names): return brief(str(names[o]), 12) if o in (names or {}) else f'{what} {o}'
@@ -84,7 +82,7 @@ def plot_ranked(
         for a,i,d in zip(ax[1:], idx, dist):
             if i<0: a.axis('off')
             else:
-                mark,color = ('✓',_right) if res.is_match(q, i) else ('✗',_wrong)
+                mark,color = ('✓',RIGHT) if res.is_match(q, i) else ('✗',WRONG)
                 _frame(a, g_img(i), f'{mark} {d:.3f}\n{who(res.g_pids[i], res.g_camids[i])}', color)
     return axs
 

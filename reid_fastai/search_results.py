@@ -15,12 +15,11 @@ import numpy as np
 import pandas as pd
 from fastcore.all import *
 from PIL import Image,ImageDraw,ImageFont,ImageOps
-from .core import brief
+from .core import RIGHT,WRONG,brief
 from .data.boxes import _box
 from .data.image import open_image
 from .evaluation.verification import read_verification
 from .files import atomic_write,model_file
-from .interpret import _right,_wrong
 
 # %% ../nbs/18d_search_results.ipynb #9161fded
 _height = 128  # height and width limit of a thumbnail, px
@@ -139,7 +138,7 @@ def sheet(self:SearchResults,
     for thumb,row in zip(self.thumbs, df[df['query']<n].to_dict('records')):
         match = row['match']
         _draw(res, (row['rank'],row['query']), thumb, [f'{row["distance"]:.4f} {_mark(row)}', _known(row['pid']) or _name(row['path'])],
-              '#404040' if match is None else _right if match else _wrong)
+              '#404040' if match is None else RIGHT if match else WRONG)
     return res
 
 def _png(im):
