@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import pandas as pd
 
 from .cli import _quietly  # first, because it handles Ctrl-C during the other imports
 from fastcore.all import *
@@ -80,7 +81,8 @@ def reid_embed(
     gallery = Gallery.load(out, model, device)
     if metric not in (None, gallery.metric): raise ValueError(f'--metric {metric}: {brief(out, 120)} has {gallery.metric} distances. Leave `--metric` out, or make a new gallery.')
     files,cols = _images(images, boxes)
-    new = [i for i,o in enumerate(gallery.has(files, _boxes(cols))) if not o]
+    known,again = gallery.has(files, _boxes(cols)),pd.Series([*zip(files, ifnone(_boxes(cols), files))]).duplicated()
+    new = [i for i,(a,b) in enumerate(zip(known, again)) if not (a or b)]
     return _add(gallery, [files[i] for i in new], {k: [o[i] for i in new] for k,o in cols.items()}, out, quiet, skipped=len(files)-len(new))
 
 _part = 4096  # images that are embedded before they are committed
@@ -89,7 +91,7 @@ def _add(gallery, files, cols, out, quiet, start=0, skipped=0):
     "Add the images from number `start` on, in parts"
     for i in range(start, n := len(files), _part):
         try: gallery.add(files[i:i+_part], **{k: o[i:i+_part] for k,o in cols.items()})
-        except (ValueError, KeyboardInterrupt) as e:
+        except (ValueError, MemoryError, KeyboardInterrupt) as e:
             if i: e.args = (f'{i} of {n} images were added to {brief(out, 80)}; give the command again with --append for the others. {e}',)
             raise
     with _quietly(quiet): print(f'{n} images added{f", {skipped} skipped that are in the gallery" if skipped else ""}.\n{brief(out, 120)}: {len(gallery)} images, version {gallery.table.version}')
@@ -106,7 +108,9 @@ def _new_gallery(model, images, out, boxes, metric, device, quiet):
 # %% ../nbs/21a_cli_search.ipynb #7abd6073
 def _one_box(box, files):
     "Boxes for `files`: `box`, a text, for the only one"
-    try: x1,y1,x2,y2 = map(float, box.split(','))
+    try:
+        x1,y1,x2,y2 = map(float, box.split(','))
+        if not np.isfinite((x1,y1,x2,y2)).all(): raise ValueError
     except ValueError: raise ValueError(f'--box {brief(box, 60)}: four numbers with commas are needed: x1,y1,x2,y2.') from None
     if len(files)!=1: raise ValueError(f'--box {brief(box, 60)}: it belongs to a single photo, and {len(files)} are named. Name one photo.')
     return [(x1,y1,x2,y2)]
@@ -146,13 +150,15 @@ def reid_search(
     "Find the gallery images nearest to photos"
     check_int('k', k, 1)
     if not same and (o := f'--far {far:g}' if far is not None else '--open-set' if open_set else ''): raise ValueError(f'{o}: a threshold is used only with `--same`. Add it, or leave `{o.split()[0]}` out.')
-    _check_rate(far := ifnone(far, 1e-2 if open_set else 1e-3))
+    _check_rate(far := ifnone(far, default_far(open_set)))
     files = list_images(photos)
-    boxes = box and _one_box(box, files)
+    if boxes := box and _one_box(box, files): check_boxes(files, boxes)
     db = Gallery.load(gallery, model, chosen_device(device))
     _check_outputs(dict(csv=csv, html=html, png=png), db, files)
     threshold = db.threshold(far, open_set) if same else None
-    if index and not db.indexed: db.index()
+    if index and not db.indexed:
+        db._check_search(k, where)  # building can take long
+        db.index()
     res = db.search(files, k, where, exact=not index, pid=pid, boxes=boxes)
     if same: res = res.same(threshold, _meaning(db, far, open_set, res.searched))
     with _quietly(quiet): print(res)

@@ -301,11 +301,12 @@ def evaluating(
     model:nn.Module # Any model
 ):
     "Context in which the model is in evaluation mode; afterwards each of its modules has its former mode"
-    training = [m for m in model.modules() if m.training]
+    modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try: yield model
     finally:
-        for m in training: m.training = True
+        model.train(modes[0][1])  # it may do more than set the mode
+        for m,o in modes: m.training = o
 
 # %% ../nbs/00_core.ipynb #2f41004c
 def mean_of_mirrored(

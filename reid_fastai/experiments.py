@@ -73,11 +73,10 @@ def tune(
     return scores
 
 # %% ../nbs/20_experiments.ipynb #383a3437
-def _check_grids(arms, grids, seeds):
+def _check_grids(arms, grids):
     if odd := [a for a in arms if a not in ALL_ARMS]: raise ValueError(f'arms={odd}: choose from {list(ALL_ARMS)}.')
     if not arms or len(set(arms))<len(arms): raise ValueError(f'arms={list(arms)}: give each arm once.')
     if 'annealed' in arms and 'adaptive' not in arms: raise ValueError("The arm 'annealed' follows the λ of 'adaptive'; add that arm.")
-    check_int('seeds', seeds, 1, 1000)
     if len({len(v) for v in grids.values()})>1:
         raise ValueError(f'Different numbers of strengths, {({k: list(v) for k,v in grids.items()})}: give every regulariser the same number of strengths, so that the comparison is fair.')
     for k,v in grids.items():
@@ -102,7 +101,8 @@ class Comparison:
         if odd := set(strengths := ifnone(strengths, {}))-set(arms): raise ValueError(f'strengths: {sorted(odd)} are not among the arms, {list(arms)}.')
         given = {a: [float(o) for o in v] for a,v in {**GRIDS, 'conventional':factors, 'adaptive':amplitudes, **strengths}.items()}
         grids = {a: v for a,v in given.items() if a in arms}
-        _check_grids(arms, grids, seeds)
+        _check_grids(arms, grids)
+        seeds = check_int('seeds', seeds, 1, 1000)
         for arm,vals in given.items():
             for v in vals: cfg.with_l2(arm, v)  # raises `ValueError` for invalid options
         check_share('tune_pids', tune_pids)

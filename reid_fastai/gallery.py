@@ -170,10 +170,8 @@ def _verify(self:Gallery, n, good, what):
 
 @patch
 def _load(self:Gallery):
-    "Current embeddings, norms and row ids; the table is read again only if it has changed"
-    with _database(self.path):
-        self.table.checkout_latest()
-        version,n = self.table.version,self.table.count_rows()
+    "Embeddings, norms and row ids; the table is read again only if it has changed"
+    with _database(self.path): version,n = self.table.version,self.table.count_rows()
     if self._read and self._read[0]==version: return self._read[1:]
     self._read = None  # frees the former embeddings
     need,free = 4*n*self.meta['n_features']+200_000_000,free_memory()  # 0.2 GB for reading and comparing, as measured with 240,000 images
@@ -192,16 +190,16 @@ def _load(self:Gallery):
 
 @patch
 def _filter(self:Gallery, where):
-    "`where` as a condition for the database; the columns of all images are verified first"
+    "`where` as a condition for the database; the columns of all images are verified"
+    text = _condition(self.table, where)
     if self._checked!=(version := self.table.version):
         self._verify(len(self), sum(self._read_all(_columns, lambda i,t: (_columns_proof(t)==_stored(t)[:,2]).sum())), 'images')
         self._checked = version
-    return _condition(self.table, where)
+    return text
 
 @patch
-def _rows(self:Gallery, where):
-    "Row ids of the images that satisfy `where`"
-    text = self._filter(where)
+def _rows(self:Gallery, text):
+    "Row ids of the images that satisfy the condition `text`"
     with _database(self.path): return self.table.search().where(text).select(['camid']).with_row_id(True).limit(None).to_arrow()['_rowid'].to_numpy().astype(np.int64)
 
 @patch
@@ -210,10 +208,15 @@ def has(self:Gallery,
     boxes:list|None=None # For each image its box (x1, y1, x2, y2), or None for the whole image
 ) -> list: # True for each image that is in the gallery
     "Whether the gallery has an image with the same path and the same box"
-    keys = [(os.path.abspath(p), *ifnone(b, (None,)*4)) for p,b in zip(paths, ifnone(boxes, [None]*len(paths)))]
-    found,wanted = set(),set(keys)
+    paths,key = image_list(paths),lambda p,b: (os.path.abspath(p), *ifnone(b, (None,)*4))
+    keys = [key(*o) for o in zip(paths, ifnone(boxes, [None]*len(paths)), strict=True)]
+    found = set()
+    def see(i, t):
+        path,*box = (t[k].to_pylist() for k in ('path',*_box))
+        found.update(key(*o) for o in zip(path, zip(*box)) if o[0] is not None)
+        return (_columns_proof(t)==_stored(t)[:,2]).sum()
     with _database(self.path): self.table.checkout_latest()
-    self._read_all(['path',*_box], lambda i,t: found.update(wanted.intersection(zip(*(t[k].to_pylist() for k in ('path',*_box))))))
+    self._verify(len(self), sum(self._read_all(_columns, see)), 'images')
     return [o in found for o in keys]
 
 # %% ../nbs/18e_gallery.ipynb #73d9dc9b
@@ -245,6 +248,19 @@ def _found(self:Gallery, ids, dists):
     return pd.DataFrame(dict(query=at[:,0], rank=at[:,1]+1, distance=dists[ids>=0], **typed)),cols['thumbnail']
 
 @patch
+def _check_search(self:Gallery, k, where):
+    "Number of images, and for a condition its text and the row ids that satisfy it, else None; raise `ValueError` if `k` or `where` is invalid"
+    with _database(self.path): self.table.checkout_latest()
+    n = len(self)
+    check_int('k', k, 1)
+    if k>n: raise ValueError(f'k={k}: {brief(self.path, 120)} has {n} images. {"Add images first." if n==0 else f"Choose k from 1 to {n}."}')
+    if where is None: return n,None,None
+    text = self._filter(where)
+    ids = self._rows(text)
+    if not len(ids): raise ValueError(f'where={brief(where, 120)!r}: none of the {n} images satisfies this condition.')
+    return n,text,ids
+
+@patch
 def search(self:Gallery,
     images:list|str|Path|torch.Tensor, # Photos: a list of paths, arrays or PIL images, or a single one; or a tensor (n, d) of embeddings
     k:int=10, # Number of images to find per photo; fewer if fewer images satisfy `where`
@@ -258,19 +274,15 @@ def search(self:Gallery,
     if not len(images): raise ValueError('No photos to search with: the list is empty.')
     queries = pd.DataFrame(dict(path=[str(o) if isinstance(o, (str,Path)) else None for o in images], pid=column_values('pid', pid, len(images))), dtype=object)
     if boxes is not None and (isinstance(images, torch.Tensor) or len(boxes)!=len(images)): raise ValueError(f'{len(boxes)} boxes for {len(images)} photos: one for each is needed, or None where the whole photo is meant. Embeddings have no boxes.')
-    if exact: v,size,row_ids = self._load()
-    elif not (indexed := self.indexed): raise ValueError(f'{brief(self.path, 120)} has no index. Build it with `index()` or `reid-search --index`, or search exactly.')
-    n = len(self)
-    check_int('k', k, 1)
-    if k>n: raise ValueError(f'k={k}: {brief(self.path, 120)} has {n} images. {"Add images first." if n==0 else f"Choose k from 1 to {n}."}')
-    ids = None if where is None else self._rows(where)
-    if where is not None and not len(ids): raise ValueError(f'where={brief(where, 120)!r}: none of the {n} images satisfies this condition.')
+    if not exact and not (indexed := self.indexed): raise ValueError(f'{brief(self.path, 120)} has no index. Build it with `index()` or `reid-search --index`, or search exactly.')
+    n,text,ids = self._check_search(k, where)
     q,thumbs = self._embed(images, boxes)
     k,among,m = (k,f'{n} images',n) if where is None else (min(k, len(ids)),f'{len(ids)} of {n} images ({brief(where, 120)})',len(ids))
     if exact:
+        v,size,row_ids = self._load()
         rows,dists = nearest(q, v, size, k, self.metric, None if where is None else torch.from_numpy(np.flatnonzero(np.isin(row_ids, ids))))
         found,how = (row_ids[rows.numpy()],dists.double().numpy()),f'exact search among {among}, {self.metric}'
-    else: found,how = self._approximate(q, k, n, where and self._filter(where)),f'approximate search by an index (HNSW{"" if indexed>=n else f" of {indexed} of {n} images"}) among {among}, {self.metric}'
+    else: found,how = self._approximate(q, k, n, text),f'approximate search by an index (HNSW{"" if indexed>=n else f" of {indexed} of {n} images"}) among {among}, {self.metric}'
     return SearchResults(*self._found(*found), queries, thumbs, how, m)
 
 # %% ../nbs/18e_gallery.ipynb #5c4a37e0
@@ -286,8 +298,30 @@ def restore(self:Gallery,
 ) -> Gallery: # The same gallery
     "Go back to an earlier version"
     if version not in (known := self.versions().version.tolist()): raise ValueError(f'version={version}: {brief(self.path, 80)} has versions {brief(", ".join(map(str, known)), 60)}.')
-    with _database(self.path): self.table.restore(version)
+    with _database(self.path):
+        try: self.table.restore(version)
+        finally: self.table.checkout_latest()  # otherwise a failure would leave the table at the old version
     return self
+
+# %% ../nbs/18e_gallery.ipynb #70841d0c
+@patch
+def index(self:Gallery
+    ) -> Gallery: # The same gallery
+    "Build or rebuild the index for `search(exact=False)`"
+    with _database(self.path): self.table.checkout_latest()
+    if (n := len(self))<2: raise ValueError(f'{brief(self.path, 120)} has {n} images, and an index needs at least 2. Add images first.')
+    _lancedb()
+    from lancedb.index import HnswSq
+    with _database(self.path, 'indexed'):
+        self.table.create_index('vector', config=HnswSq(distance_type='cosine' if self.metric=='cosine' else 'l2', ef_construction=150), replace=True)
+    return self
+
+@patch(as_prop=True)
+def indexed(self:Gallery) -> int: # 0 without an index
+    "Number of images in the index"
+    with _database(self.path):
+        self.table.checkout_latest()
+        return sum(self.table.index_stats(o.name).num_indexed_rows for o in self.table.list_indices() if o.columns==['vector'])
 
 # %% ../nbs/18e_gallery.ipynb #f322a0c0
 @patch
@@ -302,40 +336,23 @@ def delete(self:Gallery,
 
 @patch
 def optimize(self:Gallery,
-    days:float=7 # Drop versions that are older; 0: all but the current one, if no other process uses the gallery
+    days:float=7 # Drop versions that are older, which other processes must not be reading; 0: all but the current one, and write all images anew, so that no deleted image stays on the disk
 ) -> Gallery: # The same gallery
     "Join small files, add new images to the index, and drop old versions"
     if not days>=0: raise ValueError(f'days={days}: it must be a number from 0 upwards.')
+    indexed = self.indexed
     with _database(self.path, 'written'), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # about 0 days
-        self.table.checkout_latest()
+        if not days: self.table.update(values_sql=dict(pid='pid'))  # the database does not rewrite files of which less than a tenth is deleted
+        self.table.optimize()
+        if not days and indexed: self.index()
         self.table.optimize(cleanup_older_than=timedelta(days=days))
     return self
-
-# %% ../nbs/18e_gallery.ipynb #70841d0c
-@patch
-def index(self:Gallery
-    ) -> Gallery: # The same gallery
-    "Build or rebuild the index for `search(exact=False)`"
-    if (n := len(self))<2: raise ValueError(f'{brief(self.path, 120)} has {n} images, and an index needs at least 2. Add images first.')
-    _lancedb()
-    from lancedb.index import HnswSq
-    with _database(self.path, 'indexed'):
-        self.table.checkout_latest()
-        self.table.create_index('vector', config=HnswSq(distance_type='cosine' if self.metric=='cosine' else 'l2', ef_construction=150), replace=True)
-    return self
-
-@patch(as_prop=True)
-def indexed(self:Gallery) -> int: # 0 without an index
-    "Number of images in the index"
-    with _database(self.path):
-        self.table.checkout_latest()
-        return sum(self.table.index_stats(o.name).num_indexed_rows for o in self.table.list_indices() if o.columns==['vector'])
 
 # %% ../nbs/18e_gallery.ipynb #35ecdbfc
 @patch
 def threshold(self:Gallery,
-    far:float=1e-3, # False accept rate: share of the image pairs of different people that count as the same person
+    far:float=None, # False accept rate: share of the image pairs of different people that count as the same person; default: 0.001, with `open_set` 0.01
     open_set:bool=False # Whether `far` is the share of searches for people who are not in the gallery that find somebody
 ) -> float: # Distance; `SearchResults.same` takes it
     "Threshold that `reid-eval --verify` has measured for the gallery's model"

@@ -10,6 +10,8 @@ import torch
 from fastai.optimizer import Lamb,OptimWrapper,Optimizer,adam_step,lamb_step
 from fastcore.all import *
 
+from .regularizers import is_matrix
+
 # %% ../nbs/15a_optimizer.ipynb #f810bbaa
 _names = dict(grad_avg='exp_avg', sqr_avg='exp_avg_sq', max_sqr_avg='max_exp_avg_sq')  # names of the moments in fastai and in PyTorch
 
@@ -75,15 +77,15 @@ def load_state_dict(self:FusedAdam,
         self.opt.state[p] = dict(step=step, **{v: torch.empty_like(p).copy_(s[k]) for k,v in _names.items() if k in s})  # in the memory layout of `p`, which a fused update needs
 
 # %% ../nbs/15a_optimizer.ipynb #f16f66df
-def _lamb_step(p, **kwargs): return (lamb_step if p.ndim>1 else adam_step)(p, **kwargs)
+def _lamb_step(p, **kwargs): return (lamb_step if is_matrix(p) else adam_step)(p, **kwargs)
 
 @delegates(Lamb)
 def lamb(
     params:list, # Parameters, or one list of parameters per group
     lr:float|slice, # Learning rate, or a slice of learning rates over the groups
     **kwargs
-) -> Optimizer:
-    "fastai's `Lamb`, with Adam's step for arrays of one axis"
+) -> Optimizer: # An optimizer of fastai
+    "fastai's `Lamb`, with Adam's step for arrays that are no matrices"
     opt = Lamb(params, lr, **kwargs)
     opt.cbs[-1] = _lamb_step
     return opt

@@ -15,7 +15,7 @@ from fastcore.all import *
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import *
-from .core import ReIDSplits
+from .core import ReIDSplits,brief
 from .data.datasets import *
 from .distributed import by_leader,told
 from .experiments import *
@@ -45,6 +45,7 @@ def paper_table(
 ) -> pd.DataFrame: # One row per method and dataset: published and measured mAP / Rank-1, %, or the reason for skipping
     "Run the paper's recipe where dataset and weights are available, and compare with the published results"
     out,rows,done = Path(out),[],{}
+    if not os.path.isdir(root): raise ValueError(f'root={brief(root, 120)}: the folder that holds the datasets is needed.')
     RunConfig(recipe='paper', **options)  # raises `ValueError` for invalid options
     check_folder(out, 'paper.json')
     write_json(out/'paper.json', dict(root=os.path.abspath(root), options=options))

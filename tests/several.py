@@ -175,6 +175,7 @@ def go(out, cases, rank, n):
         for c in cases:
             signal.alarm(60)  # a case that waits for ever fails
             torch.save(CASES[c](), f'{out}/{c}-{n}-{rank}.pth')
+        signal.alarm(0)
 
 def go_forked(out, cases, rank, n, port):
     if n>1: os.environ.update(in_group(rank, n, port))

@@ -204,6 +204,17 @@ def test_unknown_arch():
     with pytest.raises(ValueError, match="No architecture 'build'"): resolve_arch(build)
     with pytest.raises(ValueError, match='arch=50 must be the name'): resolve_arch(50)
 
+def test_evaluation_and_back():
+    "torchvision's feature extractor swaps its graph in `train`, but only if the mode changes"
+    from torchvision.models import mnasnet0_5
+    from torchvision.models.feature_extraction import create_feature_extractor
+    from reid_fastai.core import evaluating
+    m = create_feature_extractor(mnasnet0_5(), ['classifier.0'])
+    before = m.graph
+    m.get_submodule('layers.1').eval()
+    with evaluating(m): assert not m.training and m.graph is not before
+    assert m.training and m.graph is before and not m.get_submodule('layers.1').training and m.get_submodule('layers.0').training
+
 @pytest.mark.parametrize('kw', [dict(n_classes=0), dict(n_classes=2.), dict(regions=-1), dict(regions=True)])
 def test_bad_numbers(kw):
     (k,v), = kw.items()

@@ -131,11 +131,12 @@ def test_same_history(cb):
 @pytest.mark.parametrize('cb', [DecoupledL2, CautiousL2, CPR, AWD])
 def test_layer_scales_do_not_decay(cb):
     class Scaled(nn.Module):
-        def __init__(self): super().__init__(); self.gamma = nn.Parameter(torch.ones(8))
-        def forward(self, x): return self.gamma*x
+        def __init__(self): super().__init__(); self.gamma,self.layer_scale = nn.Parameter(torch.ones(8)),nn.Parameter(torch.ones(8,1,1))
+        def forward(self, x): return self.gamma*self.layer_scale.flatten()*x
     learn = learner(cb())
     learn.model = nn.Sequential(learn.model[0], Scaled(), learn.model[2])
-    assert [w.ndim for w in find_l2(fit(learn))._kernels()[1]]==[2,2]
+    h = find_l2(fit(learn))
+    assert [w.ndim for w in h._kernels()[1]]==[2,2] and {*h.history[h.history.lam!=0].name}<={'0.weight','2.weight'}
 
 def test_awd_with_kernels_of_zeros():
     learn = learner(AWD(.3))

@@ -6,7 +6,7 @@
 __all__ = ['check_same_data', 'TrainTogether', 'training_together']
 
 # %% ../../nbs/14b_callback.distributed.ipynb #955e9f3a
-import hashlib,random
+import hashlib,io,random
 from contextlib import ExitStack,contextmanager,redirect_stdout
 
 import numpy as np
@@ -91,7 +91,7 @@ def _change_others(self:TrainTogether):
     if finder := getattr(self.learn, 'lr_finder', None):
         for o in 'before_fit','after_fit': _run_in(partial(modified_env, 'RANK', 'WORLD_SIZE'), finder, o)  # as in a single process
     for cb in self.learn.cbs.filter(risinstance(TrackerCallback)) if ranks.rank else []:
-        _run_in(partial(redirect_stdout, None), cb, 'after_epoch')
+        _run_in(lambda: redirect_stdout(io.StringIO()), cb, 'after_epoch')
         self._stack.callback(delattr, cb, 'after_epoch')
 
 # %% ../../nbs/14b_callback.distributed.ipynb #a3ad174f

@@ -22,7 +22,9 @@ class DecayCallback(L2Callback):
     order = GradientClip.order+1  # after unscaling and clipping; skipped steps do not reach it
     def _regularizer(self, model):
         lam = dict.fromkeys(KINDS, 0.) | dict(kernel=self._start)
-        return L2Regularizer(model, lam, **self.kwargs)
+        r = L2Regularizer(model, lam, **self.kwargs)
+        r.factors.mul_(r.factors.new_tensor([is_matrix(w) for w in r.arrays]))
+        return r
 
     def after_loss(self): pass
 
@@ -40,7 +42,7 @@ class DecayCallback(L2Callback):
     def _kernels(self):
         "Indices, arrays and learning rates of the kernels that the step will change"
         r,lrs = self.regularizer,self._lrs()
-        on = [(i,w) for i,(w,k,o) in enumerate(zip(r.arrays, r.kinds, r.active())) if o and k=='kernel' and w.ndim>1 and w.grad is not None and id(w) in lrs]  # `w.ndim`: layer scales and slopes are no matrices
+        on = [(i,w) for i,(w,k,o) in enumerate(zip(r.arrays, r.kinds, r.active())) if o and k=='kernel' and is_matrix(w) and w.grad is not None and id(w) in lrs]
         return [i for i,_ in on],[w for _,w in on],[lrs[id(w)] for _,w in on]
 
     def restore_history(self, df):

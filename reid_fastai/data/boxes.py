@@ -47,8 +47,7 @@ def column_values(
         except (TypeError, ValueError): x = np.nan
         if not np.isfinite(x) or name=='camid' and (x%1 or abs(x)>2**53): raise ValueError(f'{name} of {what} {i+1} is {brief(o, 40)!r}; a {"whole " if name=="camid" else ""}number is needed.')
         return int(x) if name=='camid' else x
-    res = [f(i, o) for i,o in enumerate(values)]
-    return _whole(res) if name=='pid' else res
+    return [f(i, o) for i,o in enumerate(values)]
 
 # %% ../../nbs/07b_data.boxes.ipynb #dd999850
 def check_box(
@@ -110,9 +109,11 @@ def read_boxes(
     if not len(df): raise ValueError(f'{brief(path, 120)} has no rows, so there are no images.')
     try: cols = {o: column_values(o, df[o].str.strip(), len(df), 'row') for o in _columns if o in df}
     except ValueError as e: raise ValueError(f'{brief(path, 110)}: {e}') from e
+    if 'pid' in cols: cols['pid'] = _whole(cols['pid'])
     if (gap := first(i for i in range(len(df)) if any(cols[o][i] is None for o in needed))) is not None:
         raise ValueError(f'{brief(path, 120)}: row {gap+1} has no {first(o for o in needed if cols[o][gap] is None)}. Fill it in, or leave the row out.')
     root = os.path.abspath(ifnone(root, path.parent))
     cols['path'] = [os.path.abspath(os.path.join(root, o)) for o in cols['path']]
+    if 'x1' not in cols and (n := len(df)-len(set(cols['path']))): raise ValueError(f'{brief(path, 110)}: {n} of {len(df)} rows name a file again, so the columns x1, y1, x2, y2 of the boxes are needed. Found: {brief(", ".join(map(str, df)), 60)}.')
     if gone := [o for o in L(cols['path']).unique() if not os.path.isfile(o)]: raise ValueError(f'{brief(path, 80)}: {len(gone)} image{"s do" if len(gone)>1 else " does"} not exist, such as {brief(gone[0], 100)}. Paths are relative to {brief(root, 60)}.')
     return cols

@@ -79,5 +79,5 @@ def image_list(
     images:list|str|Path|bytes|np.ndarray|Image.Image # Images in any form that `open_image` takes, or a single one
 ) -> list: # The images
     "Make a list of images; a single image becomes a list of one"
-    pixels = isinstance(images, np.ndarray) and images.dtype.kind not in 'OUS' and images.ndim<4
+    pixels = isinstance(images, np.ndarray) and images.dtype.kind not in 'OUS' and (images.ndim<3 or images.ndim==3 and images.shape[2] in (3,4))
     return [images] if pixels or isinstance(images, (str,Path,bytes,bytearray,Image.Image)) else list(images)
