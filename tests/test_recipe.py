@@ -162,7 +162,7 @@ def test_copies_of_options(splits):
 
 def test_one_epoch_has_one_size():
     with pytest.raises(ValueError, match='epochs=1: progressive resizing needs at least 2'): RunConfig(recipe='laptop', epochs=1)
-    with pytest.raises(ValueError, match='epochs=ten: a whole number'): RunConfig(recipe='laptop', epochs='ten')
+    with pytest.raises(ValueError, match='epochs=ten: it must be a whole number'): RunConfig(recipe='laptop', epochs='ten')
 
 def test_laptop_recipe(splits):
     "Another regulariser has a strength of its own; small images end before the last epoch; a network of one size is refused"
