@@ -233,6 +233,11 @@ def test_cost_of_rotation_control(tmp_path):
     assert res.returncode==0 and ' scale-invariant arrays of ' in res.stdout, res.stderr[-800:]
     for how in ('array','channel'): assert f'per {how}: ' in res.stdout
 
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='the limit and the memory of processes are those of Linux')
+def test_more_images_than_memory(tmp_path):
+    res = forked('benchmarks/large.py', *'--images 60 --size 64 32 --arch test_resnet --bs 8 --steps 1'.split(), logs=tmp_path)
+    assert res.returncode==0 and ' 0 loader processes' in res.stdout and 'images a second; at most' in res.stdout, res.stderr[-800:]
+
 def test_held_out_ranking_beside_the_test_ranking(tmp_path):
     "The rank correlation over models whose held-out figures are given"
     import pandas as pd
