@@ -117,14 +117,14 @@ def plot_cmc(
 @patch
 @delegates(plot_ranked, but=['res','q_imgs','g_imgs'])
 def show_results(self:ReIDLearner,
-    results:RetrievalResults|None=None, # Results to draw; None: those of the last evaluation, or of a new one
+    results:RetrievalResults|None=None, # Results to draw; None: those of the last evaluation, or of a new one if the weights have changed since
     worst:bool=False, # Whether to show the queries with the lowest average precision
     max_n:int=4, # Number of queries, unless `queries` is given
     **kwargs
 ) -> np.ndarray: # (queries, k+1) axes
     "Plot queries of `dls` and their ranked lists; matches and other images are marked"
     df,splits = _test_df(self.dls),self.dls.splits
-    res = results or getattr(getattr(self, 'retrieval_metrics', None), 'results', None) or self.retrieval()
+    res = results or getattr(getattr(self, 'retrieval_metrics', None), 'current', None) or self.retrieval()
     kwargs = {'n': max_n, 'pid_names': splits.pid_names, 'camid_names': splits.camid_names, **kwargs}
     q,g = (splits.files(df[df.split==o]) for o in ('query','gallery'))
     return (plot_worst if worst else plot_ranked)(res, q, g, **kwargs)

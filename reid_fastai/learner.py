@@ -9,6 +9,7 @@ __all__ = ['paper_adam', 'ReIDLearner', 'reid_learner']
 from contextlib import contextmanager
 from typing import Callable
 
+import torch
 from fastai.callback.all import *  # the training table, `fit_one_cycle`, `lr_find` and `to_fp16` patch `Learner`
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -32,6 +33,8 @@ from .schedules import *
 paper_adam = partial(FusedAdam, mom=.9, sqr_mom=.999, eps=1e-7, wd=0.)
 
 # %% ../nbs/16_learner.ipynb #b3f5548d
+def _evaluated(loss, out, *yb): return out.new_zeros(len(out)) if isinstance(out, torch.Tensor) else loss(out, *yb)
+
 class ReIDLearner(Learner):
     "A `Learner` whose results are ranked lists; `interpret` adds its `show_results`"
     def __call__(self, event_name):
@@ -50,6 +53,13 @@ class ReIDLearner(Learner):
         try: super().one_batch(i, b)
         finally:
             for cb in self.cbs.filter(risinstance(ReIDPrecision)): cb._end_batch()
+
+    def _do_one_batch(self):
+        "fastai's `_do_one_batch`; embeddings in evaluation have a loss of zero, so `loss_func` need not accept them"
+        loss = self.loss_func
+        if not self.training: self.loss_func = partial(_evaluated, loss)
+        try: super()._do_one_batch()
+        finally: self.loss_func = loss
 
     def to_bf16(self): "Train the network in bfloat16, also on a CPU"; return self.to_fp32().add_cb(ReIDPrecision('bf16'))
     @delegates(GradScaler, but=['device','enabled'])
@@ -97,7 +107,7 @@ def reid_learner(
     if not getattr(dls, 'c', 0): raise ValueError('The loaders have no number of training identities (`dls.c`); make them with `ReIDDataLoaders`.')
     net = arch if isinstance(arch, nn.Module) else build_reid_net(arch, dls.c, regions=regions, pretrained=pretrained, size=getattr(dls, 'size', None))
     if not isinstance(inner := unwrap(net), ReIDNet): raise ValueError(f'The network is a {type(net).__name__}; a Re-ID learner needs a `ReIDNet`. Pass a network of `build_reid_net`, or the name of a backbone.')
-    if inner.n_classes!=dls.c: raise ValueError(f'The network has {inner.n_classes} classes, but the loaders have {dls.c} training identities. Build the network with n_classes={dls.c}.')
+    check_classes(inner, dls)
     device = getattr(dls, 'device', None) or 'cpu'
     fast_depthwise(inner).lay_out(device).to(device)  # fastai moves it only in `fit`, but `load` and `embed` may come before
     return ReIDLearner(dls, net, ifnone(loss_func, ReIDLoss()), opt_func=opt_func, splitter=splitter,

@@ -7,13 +7,23 @@ __all__ = ['FusedAdam', 'lamb']
 
 # %% ../nbs/15a_optimizer.ipynb #668cb1c9
 import torch
-from fastai.optimizer import Lamb,OptimWrapper,Optimizer,adam_step,lamb_step
+from fastai.optimizer import Lamb,OptimWrapper,Optimizer,adam_step,lamb_step,set_item_pg
 from fastcore.all import *
 
 from .regularizers import is_matrix
 
 # %% ../nbs/15a_optimizer.ipynb #f810bbaa
 _names = dict(grad_avg='exp_avg', sqr_avg='exp_avg_sq', max_sqr_avg='max_exp_avg_sq')  # names of the moments in fastai and in PyTorch
+
+class _Hypers(dict):
+    "Hyperparameters of one group; a value that is set here is set in the group"
+    def __init__(self, vals, group, names): # `names`: those of PyTorch by those of fastai
+        super().__init__(vals)
+        self.group,self.names = group,names
+    def __setitem__(self, k, v):
+        set_item_pg(self.group, self.names[k], v)
+        super().__setitem__(k, v)
+    def __reduce__(self): return dict, (dict(self),)  # a copy has no optimizer
 
 class FusedAdam(OptimWrapper):
     "fastai's `Adam` with decoupled decay, in one fused operation per step if PyTorch supports it for the parameters"
@@ -34,7 +44,10 @@ class FusedAdam(OptimWrapper):
         self.set_hyper('lr', lr)
 
     @property
-    def hypers(self): "Hyperparameters of each group, as in fastai's `Adam`"; return [{k: h[k] for k in ('lr','mom','sqr_mom','eps','wd')} for h in super().hypers]
+    def hypers(self):
+        "Hyperparameters of each group, as in fastai's `Adam`; `ReduceLROnPlateau` sets values in them"
+        keys = 'lr','mom','sqr_mom','eps','wd'
+        return [_Hypers({k: h[k] for k in keys}, g, self.bwd_map) for g,h in zip(self.opt.param_groups, super().hypers)]
 
 # %% ../nbs/15a_optimizer.ipynb #438903bb
 @patch
@@ -56,7 +69,7 @@ def state_dict(self:FusedAdam
     def f(p):
         s = self.opt.state.get(p)
         return {**self.state[p], **({**{k: s[v] for k,v in _names.items() if v in s}, 'step': int(s['step'])} if s else {})}
-    return dict(state=[f(p) for g in self.param_lists for p in g], hypers=self.hypers)
+    return dict(state=[f(p) for g in self.param_lists for p in g], hypers=[dict(h) for h in self.hypers])
 
 @patch
 def load_state_dict(self:FusedAdam,

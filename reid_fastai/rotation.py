@@ -148,5 +148,7 @@ def scale_invariant(
     alone = mock.patch.object(nn.SyncBatchNorm, 'forward', nn.modules.batchnorm._BatchNorm.forward)  # one process tests, so it must not wait for others
     with _for_testing(model, train), torch.compiler.set_stance('force_eager'), alone:
         base = out()
+        if not base: raise ValueError(f'The output of {type(model).__name__} has no tensors in lists, tuples or dicts, so the test cannot see whether it changes. '
+                                      'Return one of these, or name the arrays to turn: `RotationControl(arrays=…)`.')
         for _ in range(3): names = _halving(names, same)  # with new factors each time, because kernels of one sum may get equal ones
         return names

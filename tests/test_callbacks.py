@@ -364,6 +364,23 @@ def test_round_trip_without_a_warning():
     def state(l): return [l.opt.state[p]['grad_avg'] for g in l.opt.param_lists for p in g]
     for x,y in zip(state(a), state(b)): assert torch.equal(x, y)
 
+def test_weights_without_theta_load_and_others_are_named():
+    a,b = fit(learner()),learner(AdaptiveL2(.1)); b.path = a.path
+    a.save('m', with_opt=False)
+    theta = b.model.l2_theta.detach()
+    with torch.no_grad(): b.model.l2_theta.fill_(-1.)
+    b.load('m', with_opt=False)
+    assert torch.equal(b.model[0][0].weight, a.model[0][0].weight) and (theta==-1).all()
+    state = a.model.state_dict()
+    del state['1.bias']
+    with pytest.raises(RuntimeError, match='Missing key.*1.bias'): b.model.load_state_dict(state)
+    c = deepcopy(b.model)
+    with torch.no_grad(): c.l2_theta.fill_(-2.)
+    c.load_state_dict(a.model.state_dict())
+    assert (c.l2_theta==-2).all() and (theta==-1).all()
+    b.save('m')
+    a.load('m', strict=False, with_opt=False)
+
 def test_export_goes_on():
     from fastai.test_utils import synth_dbunch, RegModel
     def make(): return Learner(synth_dbunch(), RegModel(), MSELossFlat(), cbs=AdaptiveL2(.1), path=tempfile.mkdtemp())
@@ -385,6 +402,15 @@ class _Empties(DataLoaders):
     def new_empty(self): return DataLoaders()
 
 # ---- other learners
+
+def test_optimizer_of_another_model_is_refused():
+    learn = fit(learner(ConventionalL2()))
+    learn.model = net()
+    learn.validate()
+    with pytest.raises(ValueError, match='none of the 6 .*`learn.create_opt'): fit(learn)
+    learn.create_opt()
+    before = learn.model[1].weight.detach().clone()
+    assert not torch.equal(fit(learn).model[1].weight, before)
 
 def test_exchanged_head_is_regularised():
     learn = learner(AdaptiveL2(.1))

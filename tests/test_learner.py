@@ -4,7 +4,8 @@ import json, os, pickle, re, socket, subprocess, sys, warnings
 import numpy as np, pandas as pd, pytest, timm, torch
 from fastai.basics import CrossEntropyLossFlat, load_learner
 from fastai.callback.all import (Callback, CSVLogger, CutMix, EarlyStoppingCallback, GradientAccumulation, MixUp, ReduceLROnPlateau, SaveModelCallback,
-                                 ShowGraphCallback, TrackerCallback)
+                                 ShortEpochCallback, ShowGraphCallback, TrackerCallback)
+from fastai.data.transforms import Normalize
 from fastai.interpret import ClassificationInterpretation, Interpretation
 from PIL import Image
 from torch import nn
@@ -15,6 +16,8 @@ from reid_fastai.data.all import *
 from reid_fastai.export import load_model, save_model
 from reid_fastai.interpret import *
 from reid_fastai.learner import *
+from reid_fastai.losses import ReIDLoss
+from reid_fastai.models import reid_splitter
 from reid_fastai.test_utils import *
 
 @pytest.fixture(scope='module')
@@ -65,6 +68,41 @@ def test_validate_before_any_fit(dls):
     learn = tiny_learner(dls, cbs=AdaptiveL2())
     v = learn.validate()
     assert len(v)==3 and v[1]==100*learn.retrieval().mAP==100*learn.retrieval_metrics.results.mAP
+
+def test_validate_accepts_no_other_loader(dls):
+    learn = tiny_learner(dls)
+    for kw in dict(ds_idx=0),dict(dl=dls.test_dl(dls.test_df)):
+        with learn.no_bar(), pytest.raises(ValueError, match=r'^`validate` searches .*`search\(learn.embed\(dl\), df\)`'): learn.validate(**kw)
+    with learn.no_bar():
+        assert len(learn.get_preds(dl=dls.test_dl(dls.test_df[:3]))[0])==3 and len(learn.validate())==2, 'the learner is not left locked'
+
+def test_results_are_kept_until_the_weights_change(dls, tmp_path):
+    learn = tiny_learner(dls); learn.path = tmp_path
+    learn.save('start')
+    cb = fit(learn).retrieval_metrics
+    res,n = cb.results,len(dls.test_df)
+    with learn.no_bar(), learn.no_logging():
+        learn.get_preds()
+        learn.predict(dls.splits.root/dls.test_df.path[0])
+        learn.lr_find(show_plot=False, num_it=2, suggest_funcs=None)
+    assert res is cb.results is cb.current
+    seen = []
+    learn.retrieval = lambda *args: seen.append(args) or res
+    learn.show_results(max_n=1, k=1)
+    assert not seen
+    learn.load('start')
+    learn.show_results(max_n=1, k=1)
+    assert seen and cb.current is None and cb.results is res
+
+def test_without_mirror_images(dls):
+    learn = tiny_learner(dls, flip=False)
+    assert torch.equal(learn.embed(), learn.embed(flip=False)) and not torch.equal(learn.embed(), learn.embed(flip=True))
+    assert fit(learn).recorder.values[0][1]==100*learn.retrieval().mAP==100*learn.retrieval(flip=False).mAP
+
+def test_short_epochs_show_their_metrics(dls):
+    learn = fit(tiny_learner(dls), cbs=ShortEpochCallback(.5))
+    loss,mAP,_ = learn.recorder.values[0]
+    assert loss>0 and mAP==100*learn.retrieval_metrics.results.mAP
 
 def test_export_embeds_the_same(dls, tmp_path):
     learn = tiny_learner(dls, cbs=AdaptiveL2()); learn.path = tmp_path
@@ -237,6 +275,51 @@ def test_mixed_images_are_refused(dls, cb):
 @pytest.mark.parametrize('loss', [CrossEntropyLossFlat(), nn.CrossEntropyLoss(), lambda out, pid: 0.])
 def test_losses_of_one_target_are_refused(dls, loss):
     with pytest.raises(ValueError, match=r'^loss_func=.*called with \(output, pid, camid\)'): fit(tiny_learner(dls, loss_func=loss))
+
+def own_loss(out, pid, camid):
+    embs,logits = out
+    return sum(o.float().mean() for o in logits)
+
+@pytest.mark.parametrize('loss', [own_loss, ReIDLoss()])
+def test_predictions_need_no_loss(dls, loss):
+    learn = fit(tiny_learner(dls, loss_func=loss))
+    with learn.no_bar(): assert len(learn.get_preds()[0])==len(learn.get_preds(with_loss=True)[2])==len(dls.test_df)
+    assert learn.loss_func is loss
+
+def test_normalised_images_are_refused(dls):
+    twice = tiny_learner(tiny_dls(batch_tfms=[Normalize.from_stats([.5]*3, [.2]*3)]))
+    for f in (lambda: fit(twice), twice.validate):
+        with pytest.raises(ValueError, match='^`batch_tfms` has `Normalize`'): f()
+
+def test_another_network_needs_another_optimizer(dls):
+    learn = fit(tiny_learner(dls, cbs=AdaptiveL2()))
+    learn.model = tiny_learner(dls).model
+    with learn.no_bar(): assert len(learn.validate())==3
+    for _ in range(2):
+        with pytest.raises(ValueError, match='^The optimizer has .* none of the .*`learn.create_opt\\(\\)`'): fit(learn)
+    learn.create_opt()
+    assert (fit(learn).model.l2_theta<0).all()
+
+def test_loaders_with_other_identities_are_refused(dls):
+    learn = fit(tiny_learner(dls))
+    other = tiny_dls(); other.c = dls.c+1
+    learn.dls = other
+    with learn.no_bar(): learn.validate()
+    with pytest.raises(ValueError, match=f'^The network has {dls.c} classes, but the loaders have {dls.c+1} training identities'): fit(learn)
+
+class Scaled(ReIDLoss):
+    "A loss with a trainable parameter"
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+    def forward(self, *args): return self.scale*super().forward(*args)
+
+def test_untrained_parameters_of_the_loss_are_named(dls, recwarn):
+    loss = Scaled()
+    with pytest.warns(UserWarning, match='^Scaled has 1 trainable parameter arrays .*`splitter=lambda m: '): fit(tiny_learner(dls, loss_func=loss))
+    recwarn.clear()
+    fit(tiny_learner(dls, loss_func=loss, splitter=lambda m: [(g := reid_splitter(m))[0], [*g[1], *loss.parameters()]]))
+    assert loss.scale!=1 and not [o for o in recwarn if 'keep their values' in str(o.message)]
 
 @pytest.mark.parametrize('cls', [Interpretation, ClassificationInterpretation])
 def test_interpretation(dls, cls):

@@ -1,8 +1,10 @@
 "The fused Adam beside fastai's: the same training, the same files"
+import copy, pickle
 from functools import partial
 
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
+from fastai.callback.tracker import ReduceLROnPlateau
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -121,3 +123,19 @@ def test_lr_find_and_export(tmp_path):
         learn.fit(1, 1e-3)
     learn.export()
     assert learn.opt.state_dict()['state'][0]['step']==3
+
+def test_a_plateau_reduces_the_rate():
+    learn = tiny_learner(eval_every=1)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, slice(1e-4, 1e-3), cbs=ReduceLROnPlateau(monitor='mAP', patience=1, min_delta=1000.))
+    assert [g['lr'] for g in learn.opt.opt.param_groups]==pytest.approx([1e-5, 1e-4])
+
+def test_hypers_set_the_group_and_copies_do_not():
+    opt = FusedAdam([nn.Parameter(torch.zeros(2))], lr=.1)
+    h = opt.hypers[0]
+    h['mom'],h['lr'] = .5,.2
+    assert opt.opt.param_groups[0]['betas']==(.5, .99) and opt.hypers[0]=={'lr': .2, 'mom': .5, 'sqr_mom': .99, 'eps': 1e-5, 'wd': .01}
+    for o in copy.deepcopy(h),pickle.loads(pickle.dumps(h)),opt.state_dict()['hypers'][0]:
+        assert type(o) is dict and o==h
+        o['lr'] = 9.
+    assert opt.hypers[0]['lr']==.2
+    assert copy.deepcopy(opt).hypers==opt.hypers

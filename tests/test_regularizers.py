@@ -97,6 +97,13 @@ def test_kinds_of_timm_norms():
     assert kinds['stem.1.weight']=='gamma' and kinds['stem.1.bias']=='beta' and kinds['stages.0.blocks.0.norm.weight']=='gamma'
     assert kinds['stages.0.blocks.0.conv_dw.weight']=='kernel' and kinds['head.fc.bias']=='bias'
 
+def test_layers_of_normalised_weights_are_no_norms():
+    class NormLinear(nn.Linear): pass
+    class FilterNorm(nn.Module):
+        def __init__(self): super().__init__(); self.weight,self.bias = nn.Parameter(torch.ones(1, 4, 1, 1)),nn.Parameter(torch.zeros(1, 4, 1, 1))
+    kinds = param_kinds(nn.Sequential(NormLinear(4, 8), FilterNorm(), nn.LayerNorm((4,8,8))))
+    assert list(kinds.values())==['kernel','bias','gamma','beta','gamma','beta']
+
 @pytest.mark.parametrize('kw,words', [(dict(amplitude=0), '> 0'), (dict(amplitude='a lot'), "'a lot'"), (dict(amplitude=float('inf')), 'inf'),
     (dict(amplitude={'kernel': 1.}), "['bias']"), (dict(amplitude={'kernel': 1., 'bias': -1.}), '-1.0'), (dict(exclude='heads.*'), "'heads.*'")])
 def test_bad_input(kw, words):

@@ -72,6 +72,13 @@ def test_norm_does_not_drift():
         turn_arrays([w], [old], torch.tensor([5e-3]))
     assert abs(w.double().norm()/norm-1)<1e-5
 
+def test_outputs_without_tensors_are_refused():
+    class Result:
+        def __init__(self, x): self.x = x
+    class Net(nn.Linear):
+        def forward(self, x): return Result(super().forward(x))
+    with pytest.raises(ValueError, match='^The output of Net has no tensors.*`RotationControl'): scale_invariant(Net(3, 2), torch.randn(4, 3))
+
 def test_no_direction_no_turn():
     old = torch.randn(4, 3)
     turn_arrays([w := .9*old], [old], torch.tensor([.1]))

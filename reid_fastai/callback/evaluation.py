@@ -17,7 +17,7 @@ from fastcore.all import *
 from torch import nn
 from torch.utils.data import RandomSampler
 
-from ..core import PlainErrors,check_int,evaluating,mean_of_mirrored,progress,ranks
+from ..core import PlainErrors,check_int,evaluating,mean_of_mirrored,progress,ranks,unwrap
 from ..distributed import join_parts,my_part
 from ..evaluation.metrics import *
 
@@ -70,10 +70,10 @@ def _n_images(dl):
 @patch
 def embed(self:Learner,
     dl:DataLoader|None=None, # Loader, such as `dls.test_dl(files)`; None: `dls.valid`, the queries followed by the gallery
-    flip:bool=True # Whether to average the embeddings of an image and its mirror image
+    flip:bool|None=None # Whether to average the embeddings of an image and its mirror image; None: as for the training table, or True if the learner has no `RetrievalMetrics`
 ) -> torch.Tensor: # (n, d) float32
     "Embeddings of the images of `dl`"
-    return extract_features(self.model, ifnone(dl, self.dls.valid), flip)
+    return extract_features(self.model, ifnone(dl, self.dls.valid), ifnone(flip, nested_attr(self, 'retrieval_metrics.flip', True)))
 
 def search(
     feats:torch.Tensor, # (n, d) embeddings
@@ -89,7 +89,7 @@ def search(
 
 @patch
 def retrieval(self:Learner,
-    flip:bool=True, # Whether to average the embeddings of an image and its mirror image
+    flip:bool|None=None, # Whether to average the embeddings of an image and its mirror image; None: as in `embed`
     metric:str='cosine' # 'cosine' or 'euclidean'
 ) -> RetrievalResults: # Results with the ranks of all matches
     "Search the gallery of `dls` for every query"
@@ -109,10 +109,14 @@ class _Blank(float):
 _blank = _Blank('nan')
 
 # %% ../../nbs/14_callback.evaluation.ipynb #829f66b8
+def _fingerprint(learn):
+    "Numbers that differ for other weights, and for loaders with other queries and gallery"
+    return [id(_test_df(learn.dls)), *(o.float().sum().item() for o in unwrap(learn.model).state_dict().values())]
+
 class RetrievalMetrics(PlainErrors, Callback):
     "Show mAP and Rank-1 in the training table, in per cent, and keep the results"
     order = 40  # before `Recorder` writes its row
-    _stateattrs,results = ('results',),None  # results are large and not exported with a learner
+    _stateattrs,results,_of = ('results','_of'),None,None  # results are large and not exported with a learner
     def __init__(self,
         every:int|None=None, # Epochs between evaluations, in addition to the last epoch; None: only the last epoch
         flip:bool=True # Whether to average the embeddings of an image and its mirror image
@@ -134,16 +138,26 @@ class RetrievalMetrics(PlainErrors, Callback):
             if hasattr(cb, 'log_preds'): cb.log_preds = False
         if not self.learn.lock.locked(): self._check_fit(self.learn.cbs, not hasattr(self.learn, 'lr_finder'))  # `validate` and `get_preds` hold the lock
 
-    def before_epoch(self): self.trained,self.results = False,None
-    def before_train(self): self.trained = True
+    def before_epoch(self): self.trained = False
+    def before_train(self):
+        self.trained = True
+        if not hasattr(self.learn, 'lr_finder'): self.results = None
     def after_train(self):
-        if self._due and not hasattr(self.learn, 'lr_finder'): self.results = self.learn.retrieval(self.flip)
+        self.recorder.cancel_train = False  # after `ShortEpochCallback`, `Recorder` would leave out the loss and all metrics
+        if self._due and not hasattr(self.learn, 'lr_finder'): self._evaluate()
+
+    def _evaluate(self): self.results,self._of = self.learn.retrieval(self.flip),_fingerprint(self.learn)
+    @property
+    def current(self): "The results if they are those of the present weights and loaders, else None"; return self.results if self._of==_fingerprint(self.learn) else None
 
     def before_validate(self):
-        if hasattr(self.learn, 'gather_preds') or _undivided(self.learn.dl) is not _undivided(self.dls.valid): return
+        if hasattr(self.learn, 'gather_preds'): return
+        if _undivided(self.learn.dl) is not _undivided(self.dls.valid):
+            raise ValueError('`validate` searches the queries and gallery of `learn.dls` and accepts no other loader. '
+                             'For other images use `search(learn.embed(dl), df)`, where `df` has the columns pid, camid and split.')
         if not self.trained:  # `Learner.validate`, outside a fit
             if hasattr(self.learn, 'progress'): self.learn.progress.before_validate()  # starts the bar that `progress` ends later
-            self.results = self.learn.retrieval(self.flip)
+            self._evaluate()
             self.recorder.log += L(self.learn.metrics).map(lambda m: m.value)
         raise CancelValidException()
 
