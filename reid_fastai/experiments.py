@@ -21,6 +21,7 @@ from fastcore.all import *
 from matplotlib.ticker import NullFormatter
 from scipy import stats
 
+from .callback.distributed import _fingerprint
 from .callback.history import _penalised,plot_lambda_hist
 from .config import *
 from .core import DivergedError,ReIDSplits,check_int,check_share
@@ -117,9 +118,9 @@ class Comparison:
     @by_leader
     def _begin(self):
         "Write the options of the comparison, or check that they are unchanged"
-        asked = json.loads(json.dumps(dict(cfg=vars(self.cfg), arms=list(self.arms), seeds=self.seeds, grids=self.grids, tune_pids=self.tune_pids, tune_distractors=self.tune_distractors, dataset=self.splits.name)))
+        asked = json.loads(json.dumps(dict(cfg=vars(self.cfg), arms=list(self.arms), seeds=self.seeds, grids=self.grids, tune_pids=self.tune_pids, tune_distractors=self.tune_distractors, dataset=self.splits.name, table=_fingerprint(self.splits))))
         if not (file := self.out/'comparison.json').exists(): return write_json(file, asked)
-        found = {'tune_distractors':0., **read_json(file)}  # older comparisons do not have this option
+        found = {'tune_distractors':0., 'table':asked['table'], **read_json(file)}  # older comparisons do not have these
         before,now = ({**_added, **o.pop('cfg'), **o, 'seeds':None} for o in (found, asked))  # seeds may be added
         if diff := [k for k in now if before.get(k)!=now[k]]:
             raise ValueError(f'{self.out} was begun with {diff[0]}={before.get(diff[0])!r}, but this call has {now[diff[0]]!r}. Take another folder for another comparison.')

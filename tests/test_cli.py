@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import pandas as pd, pytest, torch
 from PIL import Image
 
-from reid_fastai import cli, cli_export, cli_search, interpret, results
+from reid_fastai import cli, cli_export, cli_search, interpret, results, runs
 from reid_fastai.cli import *
 from reid_fastai.config import RunConfig
 from reid_fastai.data.datasets import read_dataset
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.evaluation.verification import read_verification
+from reid_fastai.experiments import Comparison
 from reid_fastai.export import save_model
 from reid_fastai.files import read_json, write_json
 from reid_fastai.models import build_reid_net
@@ -208,6 +209,25 @@ def test_resume_refuses_other_data(run, tmp_path):
     cfg.pop('sha256')  # else it would be damaged
     (out/'config.json').write_text(json.dumps(cfg))
     with pytest.raises(ValueError, match='begun with dataset'): reid_train(resume=out)
+
+def test_swapped_labels_are_other_data(data, tmp_path):
+    "They keep the counts. Earlier versions stored no fingerprint, and notes may be worded in another way"
+    splits,other,cfg = read_dataset(data),read_dataset(data),RunConfig(data, **tiny_args)
+    at = [0,(other.df.pid!=other.df.pid[0]).argmax()]
+    other.df.loc[at,'pid'] = other.df.pid[at[::-1]].to_numpy()
+    assert other.counts().equals(splits.counts())
+    runs._begin(tmp_path/'r', asked := runs._describe(cfg, splits))
+    with pytest.raises(ValueError, match='begun with dataset table='): runs.train_run(tmp_path/'r', other, cfg)
+    (tmp_path/'c').mkdir()
+    cmp = lambda o: Comparison(tmp_path/'c', o, cfg, arms=['none'])
+    cmp(splits)._begin()
+    with pytest.raises(ValueError, match='begun with table='): cmp(other)._begin()
+    asked['dataset']['notes'] = ['Another wording.']
+    del asked['dataset']['table']
+    runs._begin(tmp_path/'old', asked)
+    runs._check_same(tmp_path/'old', runs._describe(cfg, other))
+    write_json(tmp_path/'c'/'comparison.json', {k: v for k,v in read_json(tmp_path/'c'/'comparison.json').items() if k!='table'})
+    cmp(other)._begin()
 
 @pytest.mark.parametrize('every', [None, 2])
 def test_held_out_identities_choose(every, data, tmp_path):
