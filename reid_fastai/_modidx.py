@@ -1622,6 +1622,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'reid_fastai.runs._cell': ('runs.html#_cell', 'reid_fastai/runs.py'),
                                   'reid_fastai.runs._check_own_gpu': ('runs.html#_check_own_gpu', 'reid_fastai/runs.py'),
                                   'reid_fastai.runs._check_same': ('runs.html#_check_same', 'reid_fastai/runs.py'),
+                                  'reid_fastai.runs._check_test_images': ('runs.html#_check_test_images', 'reid_fastai/runs.py'),
                                   'reid_fastai.runs._describe': ('runs.html#_describe', 'reid_fastai/runs.py'),
                                   'reid_fastai.runs._finish': ('runs.html#_finish', 'reid_fastai/runs.py'),
                                   'reid_fastai.runs._fit': ('runs.html#_fit', 'reid_fastai/runs.py'),

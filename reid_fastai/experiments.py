@@ -30,7 +30,7 @@ from .distributed import *
 from .files import *
 from .results import *
 from .runs import *
-from .runs import _added
+from .runs import _added,_check_test_images
 
 # %% ../nbs/20_experiments.ipynb #28ba6412
 #: The regularisers that are compared by default
@@ -171,6 +171,7 @@ def run(self:Comparison
     "Train the missing runs, and write tables and figures"
     check_folder(self.out, 'comparison.json')
     for o in L(self.splits, self.held).filter(): check_run(o, self.cfg)
+    if self.held and told(not any(self.out.glob('final-*'))): _check_test_images(self.splits, self.cfg.size)  # else the first test run has checked them
     by_leader(self.out.mkdir)(parents=True, exist_ok=True)
     with hold_folder(self.out),_again(self.out):
         self._begin()

@@ -28,6 +28,7 @@ from .callback.resize import check_first_size
 from .config import *
 from .core import *
 from .data.block import *
+from .data.block import _decode_all
 from .data.datasets import *
 from .data.holdout import *
 from .data.sampler import PKSampler,batch_part
@@ -128,6 +129,11 @@ def check_run(
         PKSampler(splits.real('train').pid, cfg.n_pids, cfg.n_imgs, cfg.steps, cfg.seed)
     build_net(cfg)
 
+@by_leader
+def _check_test_images(splits, size):
+    "Raise `ValueError` for an unreadable query or gallery image, which would otherwise be found only after the training"
+    _decode_all(search_rows(splits)[1], size, noop, 'Checking images')
+
 def make_learner(
     splits:ReIDSplits, # Dataset
     cfg:RunConfig, # Options
@@ -142,6 +148,7 @@ def make_learner(
     precision = check_precision(cfg.precision, own)
     if cfg.compile: check_compiler(own)
     parts = hold_out(splits, cfg.val_pids, cfg.seed) if cfg.val_pids else splits
+    if cfg.val_pids: _check_test_images(splits, cfg.size)
     set_seed(cfg.seed)
     net = build_net(cfg, parts.n_train_pids)
     recipe = find_recipe(cfg.arch) if cfg.recipe=='published' else None

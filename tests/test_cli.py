@@ -157,6 +157,16 @@ def test_truncated_image_is_named(tmp_path, shell):
     res = shell('reid-train', d, '--out', tmp_path/'r', '--size', '64x32', '--n-pids', '4', '--arch', 'test_resnet', '--pretrained', 'none')
     assert res.returncode==2 and bad.name in res.err
 
+@pytest.mark.parametrize('split', ['query','bounding_box_test'])
+def test_truncated_test_image_is_named_before_hours_of_training(split, tmp_path, monkeypatch):
+    "Also where training and tuning use only the training images"
+    d = make_synthetic(tmp_path/'d', tiny=True)
+    (bad := next(o for o in sorted((d/split).iterdir()) if not o.name.startswith('-1'))).write_bytes(b'cut')
+    monkeypatch.setattr(runs, 'fit_run', lambda *_: pytest.fail('it trains'))
+    with pytest.raises(ValueError, match=bad.name): reid_train(str(d), out=tmp_path/'r', val_pids=.25, **tiny_args)
+    with pytest.raises(ValueError, match=bad.name): reid_compare(str(d), out=tmp_path/'c', tune_pids=.25, **tiny_args)
+    assert [o.name for o in tmp_path.iterdir()]==['d']
+
 def test_help_states_units_and_defaults(shell):
     for cmd in ('reid-train','reid-eval','reid-compare','reid-synth'): assert shell(cmd, '--help').returncode==0
     assert 'px; default' in ' '.join(shell('reid-train', '--help').out.split())
