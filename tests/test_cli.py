@@ -9,10 +9,11 @@ from PIL import Image
 from reid_fastai import cli, cli_export, cli_search, interpret, results, runs
 from reid_fastai.cli import *
 from reid_fastai.config import RunConfig
+from reid_fastai.core import DivergedError
 from reid_fastai.data.datasets import read_dataset
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.evaluation.verification import read_verification
-from reid_fastai.experiments import Comparison
+from reid_fastai.experiments import Comparison, comparison_table, plot_strengths
 from reid_fastai.export import save_model
 from reid_fastai.files import read_json, write_json
 from reid_fastai.models import build_reid_net
@@ -287,8 +288,6 @@ def test_table_of_the_paper_trains_where_it_is_told(monkeypatch, tmp_path, data)
 
 def test_a_diverged_strength_counts_as_0(monkeypatch, tmp_path, data):
     "Else the grid, which extends itself, could not be finished"
-    from reid_fastai.core import DivergedError
-    from reid_fastai.experiments import Comparison
     def train(self, stage, splits, arm, seed, strength):
         if strength>8: raise DivergedError('The loss is nan.')
         return dict(mAP=strength)
@@ -297,9 +296,27 @@ def test_a_diverged_strength_counts_as_0(monkeypatch, tmp_path, data):
         assert (cmp := Comparison(tmp_path/'c', read_dataset(data), RunConfig(data), arms=['decoupled'], tune_pids=.25))._strengths()=={'decoupled': 7.5}
     assert [(o['strength'],o['mAP']) for o in cmp.rows]==[(37.5,0.)]  # it is in the table, and counted in the summary
 
+def test_a_diverged_test_run_is_left_out(monkeypatch, tmp_path, data):
+    "The other arms are trained, without the arm that follows its λ, and tables and figures say it"
+    def train(self, stage, splits, arm, seed, strength):
+        if arm=='adaptive' or (arm,seed)==('none',43): raise DivergedError('The loss is nan.')
+        (d := self.out/f'{arm}-{seed}').mkdir()
+        (d/'metrics.csv').write_text('epoch,train_loss,mAP\n1,2.,30.\n')
+        self.rows.append(dict(stage=stage, arm=arm, strength=strength, seed=seed, mAP=30., ms_per_step=1., images_per_second=1., folder=d.name, **{'Rank-1':50.}))
+    monkeypatch.setattr(Comparison, '_train', train)
+    make = lambda name,arms: Comparison(tmp_path/name, read_dataset(data), RunConfig(data, **tiny_args), arms, seeds=2, factors=[.1], amplitudes=[.2])
+    with pytest.warns(UserWarning) as warned: runs = (cmp := make('c', ['none','conventional','adaptive','annealed'])).run()
+    said = [str(o.message) for o in warned if 'left out' in str(o.message)]
+    assert len(said)==5 and sum('diverged' in o and 'annealed' in o for o in said)==2 and 'final-none-seed43 is left out of the results. The loss is nan.' in said
+    assert len(runs)==len(pd.read_csv(tmp_path/'c'/'results.csv'))==8 and runs.mAP.isna().sum()==5
+    table = comparison_table(runs)
+    assert list(table.seeds)==['1, 1 diverged', 2, '0, 2 diverged', '0, 2 diverged'] and table.loc['conventional','mAP − none']=='+0.00' and table.mAP['adaptive']==''
+    assert 'final-adaptive-0.2-seed43, final-annealed-seed43.' in (s := cmp.summary()) and 'nan' not in s
+    assert plot_strengths(runs).figure.axes[1].get_title()=='adaptive, 2 diverged' and (tmp_path/'c'/'curves.png').exists()
+    with pytest.warns(UserWarning, match='left out'): assert make('d', ['adaptive']).run().mAP.isna().all()
+
 def test_tuning_with_distractors(monkeypatch, tmp_path, data):
     "All arms are tuned with their own strengths on the same people, among images of others"
-    from reid_fastai.experiments import Comparison
     tried = []
     def train(self, stage, splits, arm, seed, strength):
         tried.append((arm, strength))
