@@ -35,6 +35,7 @@ from .evaluation.verification import _check_far,_check_rate
 from .experiments import *
 from .export import *
 from .files import *
+from .models import methods,resolve_arch
 from .results import *
 from .runs import *
 from .shell import *
@@ -63,12 +64,17 @@ def _new_folder(out, default, again):
     check_writable(out, folder=True)
     return out
 
+def _loaded(arch):
+    "What a network takes from a file of weights"
+    if resolve_arch(arch) in methods: return 'the arrays in the file, but classifiers only for as many identities; all others start anew'
+    return 'the backbone; branches, heads and classifiers start anew'
+
 def _resumed(run, chosen):
     "Options of a run to resume; raise `ValueError` if others are `chosen`"
     cfg = read_config(run)
     if odd := sorted(k for k,v in chosen.items() if v!=signature(RunConfig).parameters[k].default):
         names = ", ".join(f"--{o.replace('_', '-')}" for o in odd if o!='data') or 'DATA'
-        if read_results(run): raise ValueError(f'{names}: {run} is complete, and its learning rate schedule has ended. To continue training, start a new run from its weights: reid-train DATA --pretrained {Path(run)/"model.safetensors"}.')
+        if read_results(run): raise ValueError(f'{names}: {run} is complete. Start a new run from its weights: reid-train DATA --pretrained {Path(run)/"model.safetensors"}. It loads {_loaded(cfg.arch)}.')
         raise ValueError(f'{names}: an interrupted run is resumed with the options of {run}/config.json. Leave them out.')
     return cfg
 
@@ -103,6 +109,7 @@ def reid_train(
     with _quietly(quiet):
         splits = load_splits(cfg.data)
         print(splits)
+        if isinstance(cfg.weights, str) and not resume: print(f'{cfg.weights} gives {_loaded(cfg.arch)}.')
         res = train_run(out, splits, cfg, device, workers)
         print(f'{summary_of(out, res)}\nRun folder: {out}')
     return out
@@ -158,7 +165,7 @@ def _verify(pairs, folder, file, data, flip, far):
 def reid_eval(
     run:str, # Run folder of `reid-train`, a model.safetensors, or a file of `reid-export`
     data:str=None, # 'synthetic', the folder of a dataset, or a CSV file; default: the dataset that the run was trained on
-    flip:bool=True, # Average embeddings over image and mirror image
+    flip:bool=None, # Average embeddings over image and mirror image (`--no-flip`: take the image only); default: as the run was evaluated, and on for a file
     metric:str='cosine', # 'cosine' or 'euclidean'
     rerank:bool=False, # Also evaluate after k-reciprocal re-ranking (k1 20, k2 6, λ 0.3)
     verify:bool=False, # Also compute thresholds for "same person or not": verification.json, .csv and .png in `--out`, or in the model's folder
@@ -171,11 +178,12 @@ def reid_eval(
 ) -> RetrievalResults: # Results; after re-ranking if `rerank`
     "Evaluate a trained model on its own or on other data"
     file = model_file(run)
-    if os.path.isdir(run) and os.path.exists(Path(run)/'config.json'): read_results(run)
+    if is_run := os.path.isdir(run) and os.path.exists(Path(run)/'config.json'): read_results(run)
     read_meta(file)
     check_metric(metric)
     L(far).map(_check_rate)
     if far is not None and not verify: raise ValueError(f'--far {" ".join(map(str, L(far)))}: thresholds are computed only with `--verify`. Add it, or leave `--far` out.')
+    if flip is None: flip = not is_run or read_config(run).flip
     device = chosen_device(device)
     if data is None: data = _trained_on(file)
     shown = Path(ifnone(out, file.parent))

@@ -318,14 +318,15 @@ def mean_of_mirrored(
     return (net(x)+net(x.flip(3)))/2 if flip else net(x)
 
 # %% ../nbs/00_core.ipynb #727fafea
-_prefix = re.compile(r'Exception occured in `\w+` when calling event `\w+`:\n\t')
+# What fastai puts before the message of a callback, and PyTorch before that of a loader process
+_prefix = re.compile(r'Exception occured in `\w+` when calling event `\w+`:\n\t|Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback.*\n[\w.]*(?:Error|Exception): ', re.S)
 
 @contextmanager
 def plain_errors():
-    "Context in which a `ValueError` keeps its own message, without fastai's prefix"
+    "Context in which a `ValueError` keeps its own message, without fastai's prefix and without the traceback of a loader process"
     try: yield
     except ValueError as e:
-        if e.args and isinstance(e.args[0], str): e.args = (_prefix.sub('', e.args[0]), *e.args[1:])
+        if e.args and isinstance(e.args[0], str): e.args = (_prefix.sub('', e.args[0]).strip(), *e.args[1:])
         raise
 
 class DivergedError(ValueError): "A training whose loss or weights are infinite or not numbers"

@@ -21,6 +21,7 @@ from fastcore.all import *
 from matplotlib.ticker import NullFormatter
 from scipy import stats
 
+from .callback.distributed import _fingerprint
 from .callback.history import _penalised,plot_lambda_hist
 from .config import *
 from .core import DivergedError,ReIDSplits,check_int,check_share
@@ -29,7 +30,7 @@ from .distributed import *
 from .files import *
 from .results import *
 from .runs import *
-from .runs import _added
+from .runs import _added,_check_test_images
 
 # %% ../nbs/20_experiments.ipynb #28ba6412
 #: The regularisers that are compared by default
@@ -117,9 +118,9 @@ class Comparison:
     @by_leader
     def _begin(self):
         "Write the options of the comparison, or check that they are unchanged"
-        asked = json.loads(json.dumps(dict(cfg=vars(self.cfg), arms=list(self.arms), seeds=self.seeds, grids=self.grids, tune_pids=self.tune_pids, tune_distractors=self.tune_distractors, dataset=self.splits.name)))
+        asked = json.loads(json.dumps(dict(cfg=vars(self.cfg), arms=list(self.arms), seeds=self.seeds, grids=self.grids, tune_pids=self.tune_pids, tune_distractors=self.tune_distractors, dataset=self.splits.name, table=_fingerprint(self.splits))))
         if not (file := self.out/'comparison.json').exists(): return write_json(file, asked)
-        found = {'tune_distractors':0., **read_json(file)}  # older comparisons do not have this option
+        found = {'tune_distractors':0., 'table':asked['table'], **read_json(file)}  # older comparisons do not have these
         before,now = ({**_added, **o.pop('cfg'), **o, 'seeds':None} for o in (found, asked))  # seeds may be added
         if diff := [k for k in now if before.get(k)!=now[k]]:
             raise ValueError(f'{self.out} was begun with {diff[0]}={before.get(diff[0])!r}, but this call has {now[diff[0]]!r}. Take another folder for another comparison.')
@@ -157,6 +158,25 @@ def _score(self:Comparison, arm, strength):
         self.rows.append(dict(stage='tune', arm=arm, strength=strength, seed=self.cfg.seed, dataset=self.held.name, mAP=0.))
         return 0.
 
+@patch(as_prop=True)
+def _metrics(self:Comparison): "Metrics in the summary"; return ['mAP','Rank-1'] + (['mAP re-ranked','Rank-1 re-ranked'] if self.cfg.rerank else [])
+
+@patch
+def _test(self:Comparison, arm, seed, strengths):
+    "Train a test run; the row of one that diverged has no metrics"
+    strength = strengths.get(arm)
+    try: self._train('final', self.splits, arm, seed, strength, **dict(curve=self._curve(strengths['adaptive'], seed)) if arm=='annealed' else {})
+    except DivergedError as e:
+        warnings.warn(f'{_folder("final", arm, strength, seed)} is left out of the results. {e}')
+        self.rows.append(dict(stage='final', arm=arm, strength=strength, seed=seed, dataset=self.splits.name, **dict.fromkeys([*self._metrics, 'ms_per_step', 'images_per_second'], np.nan)))
+
+@patch
+def _curve(self:Comparison, strength, seed):
+    "Mean λ of the adaptive run after each epoch; `DivergedError` if that run diverged"
+    folder = self.out/_folder('final', 'adaptive', strength, seed)
+    if not told((folder/'results.json').exists()): raise DivergedError(f'It follows the λ of {folder.name}, which diverged.')
+    return read_table(folder/'lambdas.csv').groupby('epoch').lam.mean().tolist()
+
 @patch
 def _strengths(self:Comparison):
     "The chosen strength of each arm"
@@ -170,17 +190,13 @@ def run(self:Comparison
     "Train the missing runs, and write tables and figures"
     check_folder(self.out, 'comparison.json')
     for o in L(self.splits, self.held).filter(): check_run(o, self.cfg)
+    if self.held and told(not any(self.out.glob('final-*'))): _check_test_images(self.splits, self.cfg.size)  # else the first test run has checked them
     by_leader(self.out.mkdir)(parents=True, exist_ok=True)
     with hold_folder(self.out),_again(self.out):
         self._begin()
         strengths = self._strengths()
         for seed in range(self.cfg.seed, self.cfg.seed+self.seeds):
-            for arm in sorted(self.arms, key=ALL_ARMS.index):
-                opts = {}
-                if arm=='annealed':
-                    lam = read_table(self.out/_folder('final', 'adaptive', strengths['adaptive'], seed)/'lambdas.csv')
-                    opts['curve'] = lam.groupby('epoch').lam.mean().tolist()
-                self._train('final', self.splits, arm, seed, strengths.get(arm), **opts)
+            for arm in sorted(self.arms, key=ALL_ARMS.index): self._test(arm, seed, strengths)
         self._report()
     return self.runs
 
@@ -208,7 +224,9 @@ def _final(runs):
     final = runs[runs.stage=='final']
     return [a for a in ALL_ARMS if a in set(final.arm)],lambda arm, m: final[final.arm==arm].set_index('seed')[m]
 
-def _pm(m, s, sign=''): return f'{m:{sign}.2f}'.replace('-', '−') + (f' ± {s:.2f}' if s==s else '')
+def _pm(m, s, sign=''): return (f'{m:{sign}.2f}'.replace('-', '−') + (f' ± {s:.2f}' if s==s else '')) if m==m else ''  # NaN if runs diverged
+
+def _diverged(metric): "Number of runs without a result"; return int(metric.isna().sum())
 
 def comparison_table(
     runs:pd.DataFrame, # `Comparison.runs`
@@ -219,12 +237,13 @@ def comparison_table(
     rows = {}
     for arm in arms:
         strength = of(arm, 'strength').iloc[0]
-        row = {'strength': '' if pd.isna(strength) else f'{strength:g}', 'seeds': len(of(arm, 'strength'))}
+        lost = _diverged(of(arm, metrics[0]))
+        row = {'strength': '' if pd.isna(strength) else f'{strength:g}', 'seeds': f'{len(of(arm, "strength"))-lost}, {lost} diverged' if lost else len(of(arm, 'strength'))}
         for m in metrics:
             row[m] = _pm(of(arm, m).mean(), of(arm, m).std())
             for other in ('none','conventional'):
                 if other in arms: row[f'{m} − {other}'] = '' if other==arm else _pm(*paired_difference(of(arm, m), of(other, m)), '+')
-        if 'ms_per_step' in runs: row['ms a step'] = f'{of(arm, "ms_per_step").median():.0f}'
+        if 'ms_per_step' in runs: row['ms a step'] = '' if pd.isna(ms := of(arm, 'ms_per_step').median()) else f'{ms:.0f}'
         rows[arm] = row
     return pd.DataFrame(rows).T.rename_axis('arm')
 
@@ -245,7 +264,7 @@ def plot_strengths(
 ) -> plt.Axes: # The first axis
     "Plot a metric against the strength, one panel per arm: hollow points are held-out runs, filled points are test runs, lines join means over seeds, and a dotted line is the mean test result without regulariser"
     arms = [a for a in ALL_ARMS if a in set(runs.arm[runs.strength.notna()])]
-    none,n = runs[metric][(runs.arm=='none') & (runs.stage=='final')],min(len(arms), 4)  # n: panels in a row
+    none,n = runs[metric][(runs.arm=='none') & (runs.stage=='final')].dropna(),min(len(arms), 4)  # n: panels in a row
     if axs is None:
         axs = plt.subplots(rows := -(-len(arms)//n), n, figsize=(1+2*n,.4+2.6*rows), sharey=True, squeeze=False, layout='constrained')[1].flat
         for ax in axs[len(arms):]: ax.axis('off')
@@ -255,8 +274,10 @@ def plot_strengths(
             ax.plot(o.groupby('strength')[metric].mean(), c=c, lw=1)
             ax.scatter(o.strength, o[metric], edgecolors=c, facecolors=face, s=22, label=dict(tune='held out', final='test')[stage] if len(o) else None)
         if len(none): ax.axhline(none.mean(), c='gray', ls=':', lw=1, label='test, none')
-        ax.set(xscale='log', title=arm, xlabel=dict(conventional='λ', adaptive='A', lamb='learning rate').get(arm, 'strength'))
+        lost = _diverged(runs[metric][runs.arm==arm])
+        ax.set(xscale='log', title=arm+(f', {lost} diverged' if lost else ''), xlabel=dict(conventional='λ', adaptive='A', lamb='learning rate').get(arm, 'strength'))
         tried = sorted(runs.strength[runs.arm==arm].dropna().unique())
+        if lost==(runs.arm==arm).sum(): ax.set_xlim(tried[0]/2, 2*tried[-1])  # without points, a logarithmic axis has no limits
         ax.set_xticks(tried, [f'{v:g}' for v in tried], rotation=45 if len(tried)>3 else 0)
         ax.xaxis.set_minor_formatter(NullFormatter())
     for ax in axs[::n]: ax.set_ylabel(f'{metric} (%)')
@@ -314,17 +335,22 @@ def plot_mean_lambda(
 @by_leader
 def _report(self:Comparison):
     self._write()
-    final = self.runs[lambda o: o.stage=='final']
-    read = lambda f: {a: [read_table(self.out/d/f) for d in o.folder if (self.out/d/f).exists()] for a,o in final.groupby('arm', sort=False)}
+    trained = L(self.rows).filter(lambda o: o['stage']=='final' and 'folder' in o).groupby(itemgetter('arm'))
+    read = lambda f: {a: [read_table(self.out/o['folder']/f) for o in rows if (self.out/o['folder']/f).exists()] for a,rows in trained.items()}
     tables,lams = read('metrics.csv'),{a:h for a,h in read('lambdas.csv').items() if h and h[0].lam.any()}
+    if tables: self._draw_curves(tables, lams)
+    if self.runs.strength.notna().any(): save_figure(plot_strengths(self.runs).figure, self.out/'strengths.png')
+    if 'adaptive' in lams: save_figure(plot_lambda_hist(lams['adaptive'][0], trained['adaptive'][0]['strength'])[0].figure, self.out/'lambda_hist.png')
+    atomic_write(self.out/'summary.md', self.summary())
+
+@patch
+def _draw_curves(self:Comparison, tables, lams):
+    "Write learning curves, and the mean λ if there is any"
     panels = [(plot_learning_curves, tables)] + ([(partial(plot_learning_curves, column='mAP'), tables)] if tables[first(tables)][0].mAP.count()>1 else []) \
         + ([(plot_mean_lambda, lams)] if lams else [])
     fig,axs = plt.subplots(1, len(panels), figsize=(4.5*len(panels),3), squeeze=False, layout='constrained')
     for ax,(f,d) in zip(axs[0], panels): f(d, ax=ax)
     save_figure(fig, self.out/'curves.png')
-    if self.runs.strength.notna().any(): save_figure(plot_strengths(self.runs).figure, self.out/'strengths.png')
-    if 'adaptive' in lams: save_figure(plot_lambda_hist(lams['adaptive'][0], self.runs[lambda o: (o.stage=='final')&(o.arm=='adaptive')].strength.iloc[0])[0].figure, self.out/'lambda_hist.png')
-    atomic_write(self.out/'summary.md', self.summary())
 
 @patch
 def summary(self:Comparison
@@ -335,10 +361,11 @@ def summary(self:Comparison
     extra = f' Their gallery also has {100*self.tune_distractors:g} % of the images of the other training identities, as distractors.' if self.tune_distractors else ''
     how = (f'Strengths were chosen by mAP on {100*self.tune_pids:g} % of the training identities, held out of tuning runs with seed {c.seed}, {len(tuned)//len(self.grids)} of each regulariser.{extra}'
            if tuned else 'Strengths were given beforehand, none was tuned.')
-    metrics = ['mAP','Rank-1'] + (['mAP re-ranked','Rank-1 re-ranked'] if c.rerank else [])
     parts = [f'# {self.splits.name}: regularisers compared', f'{c.arch}, {c.size[0]}×{c.size[1]} px, {c.epochs} epochs, recipe {c.recipe}, seeds {c.seed} to {c.seed+self.seeds-1}. '
              f'{how} The last epoch counts. Per cent; mean ± standard deviation over seeds; differences are paired by seed, ± half the 95 % interval. The intervals include the variation of seeds, not that of the test images or of the choice of strength.',
-             markdown_table(comparison_table(self.runs, metrics).reset_index())]
+             markdown_table(comparison_table(self.runs, self._metrics).reset_index())]
+    if lost := [o for o in self.rows if o['stage']=='final' and 'folder' not in o]:
+        parts.append(f'Test runs that diverged, or whose λ is that of a run that diverged; they have no result: {", ".join(_folder(*(o[k] for k in ("stage","arm","strength","seed"))) for o in lost)}.')
     if len(self.arms)>2: parts += ['## Differences in mAP, row − column', markdown_table(difference_table(self.runs).reset_index())]
     if tuned: parts += ['## Tuning', markdown_table(pd.DataFrame([dict(arm=o['arm'], strength=f'{o["strength"]:g}', **{'held-out mAP': f'{o["mAP"]:.2f}'}) for o in tuned]))]
     return '\n\n'.join(parts)+'\n'

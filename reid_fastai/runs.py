@@ -18,7 +18,7 @@ from fastcore.all import *
 
 from . import __version__
 from .callback.checkpoint import *
-from .callback.distributed import check_same_data
+from .callback.distributed import _fingerprint,check_same_data
 from .callback.evaluation import *
 from .callback.history import *
 from .callback.history import _penalised
@@ -28,6 +28,7 @@ from .callback.resize import check_first_size
 from .config import *
 from .core import *
 from .data.block import *
+from .data.block import _decode_all
 from .data.datasets import *
 from .data.holdout import *
 from .data.sampler import PKSampler,batch_part
@@ -57,17 +58,20 @@ def _versions():
     return dict(reid_fastai=__version__, fastai=fastai.__version__, torch=torch.__version__, timm=timm.__version__, python=platform.python_version())
 
 def _describe(cfg, splits):
-    return dict(vars(cfg), dataset=dict(name=splits.name, counts=splits.counts().to_dict('index'), notes=splits.notes), versions=_versions())
+    return dict(vars(cfg), dataset=dict(name=splits.name, table=_fingerprint(splits), counts=splits.counts().to_dict('index'), notes=splits.notes), versions=_versions())
 
 _added = dict(precision=None, compile=False, first_size=None, first_epochs=None)  # options that runs of earlier versions lack
 
 @by_leader
 def _check_same(out, wanted):
-    "Raise `ValueError` if a run is resumed with other options"
+    "Raise `ValueError` if a run is resumed with other options or other data"
     found,plain = {**_added, **read_json(out/'config.json')},json.loads(json.dumps(wanted))
-    if diff := [k for k in plain if k!='versions' and found.get(k)!=plain[k]]:
-        k = diff[0]
-        raise ValueError(f'{out} was begun with {k}={found.get(k)!r}, but this call has {plain[k]!r}. Take another folder for another run.')
+    pairs = [(k, found.get(k), v) for k,v in plain.items() if k not in ('dataset','versions')]
+    # Runs of earlier versions have no fingerprint of the table, and another version may write other notes
+    pairs += [(f'dataset {k}', found['dataset'].get(k, v), v) for k,v in plain['dataset'].items() if k!='notes']
+    if diff := first(o for o in pairs if o[1]!=o[2]):
+        k,old,new = diff
+        raise ValueError(f'{out} was begun with {k}={old!r}, but this call has {new!r}. Take another folder for another run.')
     if found['versions']!=plain['versions']: warnings.warn(f'{out} was begun with {found["versions"]}, and goes on with {plain["versions"]}: the figures may differ in their last digits.')
 
 # %% ../nbs/19_runs.ipynb #60ba57c5
@@ -125,6 +129,11 @@ def check_run(
         PKSampler(splits.real('train').pid, cfg.n_pids, cfg.n_imgs, cfg.steps, cfg.seed)
     build_net(cfg)
 
+@by_leader
+def _check_test_images(splits, size):
+    "Raise `ValueError` for an unreadable query or gallery image, which would otherwise be found only after the training"
+    _decode_all(search_rows(splits)[1], size, noop, 'Checking images')
+
 def make_learner(
     splits:ReIDSplits, # Dataset
     cfg:RunConfig, # Options
@@ -139,6 +148,7 @@ def make_learner(
     precision = check_precision(cfg.precision, own)
     if cfg.compile: check_compiler(own)
     parts = hold_out(splits, cfg.val_pids, cfg.seed) if cfg.val_pids else splits
+    if cfg.val_pids: _check_test_images(splits, cfg.size)
     set_seed(cfg.seed)
     net = build_net(cfg, parts.n_train_pids)
     recipe = find_recipe(cfg.arch) if cfg.recipe=='published' else None

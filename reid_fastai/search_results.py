@@ -85,7 +85,7 @@ def read_threshold(
     v,file,far = read_verification(model),model_file(model),ifnone(far, default_far(open_set))
     run,file = file.parent if file.name=='model.safetensors' else model,brief(file.with_name('verification.json'), 80)
     again = ' '.join(L('reid-eval', brief(run, 60), v['data'] and brief(v['data'], 60), '--verify', metric!='cosine' and f'--metric {metric}').filter())
-    if not v['flip']: raise ValueError(f'{file} was measured with --no-flip, and galleries average embeddings over image and mirror image. Measure it anew: {again}')
+    if not v['flip']: raise ValueError(f'{file} was measured with --no-flip, and galleries average embeddings over image and mirror image. Measure it anew: {again} --flip')
     if v['metric']!=metric: raise ValueError(f'{file} has thresholds for {brief(v["metric"], 20)} distances, and the gallery has {metric}. Measure it anew: {again}')
     known = {float(k): o['threshold'] for k,o in v['dir' if open_set else 'thresholds'].items()}
     if not known: raise ValueError(f'{file} has no thresholds{" of the open set" if open_set else ""}, as too few images were measured. Measure with more: {again}')

@@ -9,6 +9,7 @@ __all__ = ['one_line', 'Patient', 'Terminated', 'in_shell', 'run_command', 'mess
 import argparse,os,re,signal,sys,threading,time,warnings
 from contextlib import contextmanager,suppress
 from functools import wraps
+from inspect import signature
 from pathlib import Path
 
 from fastcore.all import *
@@ -90,7 +91,12 @@ def _parse(func, prog, pos, args):
     p.add_argument('--version', action='version', version=f'%(prog)s {__version__}', help='Show the version and exit')
     def error(msg): raise ValueError(f'{msg}. `{prog} --help` lists the options.')
     p.error = error
-    for o in [o for o in p._actions if isinstance(o.const, bool) and o.option_strings[0].startswith('--no-')]:  # add an option `--x` for each `--no-x`
+    flags = [o for o in p._actions if isinstance(o.const, bool)]
+    for o in [o for o in flags if getattr(signature(func).parameters.get(o.dest), 'default', 0) is None]:  # neither `--x` nor `--no-x`: None
+        p.add_argument('--no-'+o.option_strings[0][2:], dest=o.dest, action='store_false', help=argparse.SUPPRESS)
+        p.set_defaults(**{o.dest: None})
+        o.help = o.help.removesuffix(' (default: False)')
+    for o in [o for o in flags if o.option_strings[0].startswith('--no-')]:  # add an option `--x` for each `--no-x`
         p.add_argument('--'+o.option_strings[0][5:], dest=o.dest, action='store_true', default=True, help=argparse.SUPPRESS)
         o.help = f'Switch off: {o.help[0].lower()}{o.help[1:].removesuffix(" (default: True)")}'
     res = vars(p.parse_args(args))
@@ -145,18 +151,20 @@ def _code(f, say):
         say('terminated' if isinstance(e, Terminated) else 'interrupted', e.args[0] if e.args else 'nothing was written')
         return 143 if isinstance(e, Terminated) else 130
     except (ValueError, OSError, MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not _short_of_memory(e): raise
+        if isinstance(e, RuntimeError) and not (_short_of_memory(e) or _lost_loader(e)): raise
         say(f'error: {message(e)}')
         return 2
 
 # %% ../nbs/20a_shell.ipynb #4dae6937
 def _short_of_memory(e): return bool(re.search("out of memory|can't allocate memory", str(e)))
+def _lost_loader(e): "Whether a loader process ended, or could not pass a batch on"; return bool(re.search('DataLoader worker .*(exited unexpectedly|killed by signal)|Communication with the workers|(out of|insufficient) shared memory|shared memory object|</torch_', str(e)))
 
 def message(
     e:BaseException # Error that was raised
-) -> str: # The message, with a remedy if memory is short
+) -> str: # The message, with a remedy if memory is short or a loader process is lost
     "The message of an error"
     if isinstance(e, MemoryError) or _short_of_memory(e): return f'memory is short. Lower `size`, or the number of images in a batch. ({e})'
+    if _lost_loader(e): return f'a process that decodes images ended, or shared memory is short. Use `--workers 0`, or give a container more shared memory (Docker: `--shm-size`). ({e})'
     if isinstance(e, OSError) and e.filename: return f'{e.filename}: {e.strerror}.'
     return str(e)
 

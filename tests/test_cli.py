@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import pandas as pd, pytest, torch
 from PIL import Image
 
-from reid_fastai import cli, cli_export, cli_search, interpret, results
+from reid_fastai import cli, cli_export, cli_search, interpret, results, runs
 from reid_fastai.cli import *
 from reid_fastai.config import RunConfig
+from reid_fastai.core import DivergedError
 from reid_fastai.data.datasets import read_dataset
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.evaluation.verification import read_verification
+from reid_fastai.experiments import Comparison, comparison_table, plot_strengths
 from reid_fastai.export import save_model
 from reid_fastai.files import read_json, write_json
 from reid_fastai.models import build_reid_net
@@ -156,6 +158,16 @@ def test_truncated_image_is_named(tmp_path, shell):
     res = shell('reid-train', d, '--out', tmp_path/'r', '--size', '64x32', '--n-pids', '4', '--arch', 'test_resnet', '--pretrained', 'none')
     assert res.returncode==2 and bad.name in res.err
 
+@pytest.mark.parametrize('split', ['query','bounding_box_test'])
+def test_truncated_test_image_is_named_before_hours_of_training(split, tmp_path, monkeypatch):
+    "Also where training and tuning use only the training images"
+    d = make_synthetic(tmp_path/'d', tiny=True)
+    (bad := next(o for o in sorted((d/split).iterdir()) if not o.name.startswith('-1'))).write_bytes(b'cut')
+    monkeypatch.setattr(runs, 'fit_run', lambda *_: pytest.fail('it trains'))
+    with pytest.raises(ValueError, match=bad.name): reid_train(str(d), out=tmp_path/'r', val_pids=.25, **tiny_args)
+    with pytest.raises(ValueError, match=bad.name): reid_compare(str(d), out=tmp_path/'c', tune_pids=.25, **tiny_args)
+    assert [o.name for o in tmp_path.iterdir()]==['d']
+
 def test_help_states_units_and_defaults(shell):
     for cmd in ('reid-train','reid-eval','reid-compare','reid-synth'): assert shell(cmd, '--help').returncode==0
     assert 'px; default' in ' '.join(shell('reid-train', '--help').out.split())
@@ -209,6 +221,25 @@ def test_resume_refuses_other_data(run, tmp_path):
     (out/'config.json').write_text(json.dumps(cfg))
     with pytest.raises(ValueError, match='begun with dataset'): reid_train(resume=out)
 
+def test_swapped_labels_are_other_data(data, tmp_path):
+    "They keep the counts. Earlier versions stored no fingerprint, and notes may be worded in another way"
+    splits,other,cfg = read_dataset(data),read_dataset(data),RunConfig(data, **tiny_args)
+    at = [0,(other.df.pid!=other.df.pid[0]).argmax()]
+    other.df.loc[at,'pid'] = other.df.pid[at[::-1]].to_numpy()
+    assert other.counts().equals(splits.counts())
+    runs._begin(tmp_path/'r', asked := runs._describe(cfg, splits))
+    with pytest.raises(ValueError, match='begun with dataset table='): runs.train_run(tmp_path/'r', other, cfg)
+    (tmp_path/'c').mkdir()
+    cmp = lambda o: Comparison(tmp_path/'c', o, cfg, arms=['none'])
+    cmp(splits)._begin()
+    with pytest.raises(ValueError, match='begun with table='): cmp(other)._begin()
+    asked['dataset']['notes'] = ['Another wording.']
+    del asked['dataset']['table']
+    runs._begin(tmp_path/'old', asked)
+    runs._check_same(tmp_path/'old', runs._describe(cfg, other))
+    write_json(tmp_path/'c'/'comparison.json', {k: v for k,v in read_json(tmp_path/'c'/'comparison.json').items() if k!='table'})
+    cmp(other)._begin()
+
 @pytest.mark.parametrize('every', [None, 2])
 def test_held_out_identities_choose(every, data, tmp_path):
     "Also among epochs that are not all evaluated"
@@ -257,8 +288,6 @@ def test_table_of_the_paper_trains_where_it_is_told(monkeypatch, tmp_path, data)
 
 def test_a_diverged_strength_counts_as_0(monkeypatch, tmp_path, data):
     "Else the grid, which extends itself, could not be finished"
-    from reid_fastai.core import DivergedError
-    from reid_fastai.experiments import Comparison
     def train(self, stage, splits, arm, seed, strength):
         if strength>8: raise DivergedError('The loss is nan.')
         return dict(mAP=strength)
@@ -267,9 +296,27 @@ def test_a_diverged_strength_counts_as_0(monkeypatch, tmp_path, data):
         assert (cmp := Comparison(tmp_path/'c', read_dataset(data), RunConfig(data), arms=['decoupled'], tune_pids=.25))._strengths()=={'decoupled': 7.5}
     assert [(o['strength'],o['mAP']) for o in cmp.rows]==[(37.5,0.)]  # it is in the table, and counted in the summary
 
+def test_a_diverged_test_run_is_left_out(monkeypatch, tmp_path, data):
+    "The other arms are trained, without the arm that follows its λ, and tables and figures say it"
+    def train(self, stage, splits, arm, seed, strength):
+        if arm=='adaptive' or (arm,seed)==('none',43): raise DivergedError('The loss is nan.')
+        (d := self.out/f'{arm}-{seed}').mkdir()
+        (d/'metrics.csv').write_text('epoch,train_loss,mAP\n1,2.,30.\n')
+        self.rows.append(dict(stage=stage, arm=arm, strength=strength, seed=seed, mAP=30., ms_per_step=1., images_per_second=1., folder=d.name, **{'Rank-1':50.}))
+    monkeypatch.setattr(Comparison, '_train', train)
+    make = lambda name,arms: Comparison(tmp_path/name, read_dataset(data), RunConfig(data, **tiny_args), arms, seeds=2, factors=[.1], amplitudes=[.2])
+    with pytest.warns(UserWarning) as warned: runs = (cmp := make('c', ['none','conventional','adaptive','annealed'])).run()
+    said = [str(o.message) for o in warned if 'left out' in str(o.message)]
+    assert len(said)==5 and sum('diverged' in o and 'annealed' in o for o in said)==2 and 'final-none-seed43 is left out of the results. The loss is nan.' in said
+    assert len(runs)==len(pd.read_csv(tmp_path/'c'/'results.csv'))==8 and runs.mAP.isna().sum()==5
+    table = comparison_table(runs)
+    assert list(table.seeds)==['1, 1 diverged', 2, '0, 2 diverged', '0, 2 diverged'] and table.loc['conventional','mAP − none']=='+0.00' and table.mAP['adaptive']==''
+    assert 'final-adaptive-0.2-seed43, final-annealed-seed43.' in (s := cmp.summary()) and 'nan' not in s
+    assert plot_strengths(runs).figure.axes[1].get_title()=='adaptive, 2 diverged' and (tmp_path/'c'/'curves.png').exists()
+    with pytest.warns(UserWarning, match='left out'): assert make('d', ['adaptive']).run().mAP.isna().all()
+
 def test_tuning_with_distractors(monkeypatch, tmp_path, data):
     "All arms are tuned with their own strengths on the same people, among images of others"
-    from reid_fastai.experiments import Comparison
     tried = []
     def train(self, stage, splits, arm, seed, strength):
         tried.append((arm, strength))

@@ -201,6 +201,13 @@ def test_bad_tables(tmp_path):
     table.write_text('')
     with pytest.raises(ValueError, match='cannot be read as a table'): read_dataset(table)
 
+def test_names_that_programs_write_for_missing_values(tmp_path):
+    df = pd.read_csv(table := own_table(make_own(tmp_path/'own')), dtype=str)
+    a,b = df.pid.unique()[:2]
+    df.assign(pid=df.pid.replace({a: 'NA', b: 'None'}), camid=['null']+['1']*(len(df)-1)).to_csv(table, index=False)
+    s = read_dataset(table)
+    assert {'NA','None'}<={*s.pid_names.values()} and 'null' in s.camid_names.values() and "'NA' in `pid` is a name" in s.notes[0]
+
 def test_without_cameras_only_the_query_itself_is_ignored(tmp_path):
     "The same image in query and gallery is no answer; every other image of the person is"
     from reid_fastai.callback.evaluation import search

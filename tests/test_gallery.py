@@ -492,7 +492,7 @@ def test_same_or_not(home, data):
     assert res.df.same.tolist()==[True]*3+[False]*2 and 'false accept rate 0.001 of pairs: about 0.028 false accepts per photo among 28 images' in res.how
     assert reid_search(home/'people', [photo], k=5, model=home/'run', same=True, far=1e-2, quiet=True).df.same.all()
     write_json(home/'run'/'verification.json', dict(read_json(home/'run'/'verification.json'), flip=False))
-    with pytest.raises(ValueError, match='measured with --no-flip.*reid-eval run --verify$'): reid_search(home/'people', [photo], model='run', same=True)
+    with pytest.raises(ValueError, match='measured with --no-flip.*reid-eval run --verify --flip$'): reid_search(home/'people', [photo], model='run', same=True)
     write_json(home/'run'/'verification.json', dict(read_json(home/'run'/'verification.json'), flip=True))
     with pytest.raises(ValueError, match='Choose one of them, or measure it: reid-eval run --verify --far 0.02'): reid_search(home/'people', [photo], model='run', same=True, far=.02)
 

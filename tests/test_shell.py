@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd, pytest, torch
+from torch._utils import ExceptionWrapper
 
 from reid_fastai import cli, config, files, runs, shell as shell_module
 from reid_fastai.cli import reid_compare, reid_eval, reid_train
@@ -114,6 +115,11 @@ def test_a_damaged_checkpoint_is_refused(at, cut, shell):
     (cut/'checkpoint.pth').write_bytes(data)
     refused(shell(reid_train, '--resume', cut), 'checkpoint.pth')
 
+def test_a_checkpoint_of_another_network(cut, shell, monkeypatch):
+    "Another version of timm builds other arrays"
+    monkeypatch.setattr(runs, 'build_net', lambda cfg,n,f=runs.build_net: f(cfg.but(arch='resnet10t'), n))
+    refused(shell(reid_train, '--resume', cut), 'checkpoint.pth has other arrays', 'config.json names, or train in another folder')
+
 def test_tables_of_an_interrupted_run_are_written_anew(cut, done, shell):
     for f in ('metrics.csv','lambdas.csv'): (cut/f).write_text('damaged')
     assert shell(reid_train, '--resume', cut).code==0
@@ -171,6 +177,27 @@ def test_divergence_ends_a_run(data, tmp_path, shell, monkeypatch):
 
 def test_messages_are_one_line():
     assert len(one_line('x'*10_000))<=300 and '\n' not in one_line('a\nb') and one_line('short')=='short'
+
+def test_an_error_in_a_loader_process_keeps_its_message(capsys):
+    "PyTorch puts a traceback before it"
+    said = '/data/0001_c1.jpg cannot be read as an image: truncated. Remove it.'
+    def work():
+        try:
+            try: raise OSError('truncated')
+            except OSError as e: raise ValueError(said) from e
+        except ValueError: lost = ExceptionWrapper(where='in DataLoader worker process 1')
+        lost.reraise()
+    assert run_command(work, [], 'work')==2 and capsys.readouterr().err==f'work: error: {said}\n'
+
+@pytest.mark.parametrize('said', ['DataLoader worker (pid(s) 12, 13) exited unexpectedly', 'unable to write to file </torch_12_34_0>: No space left on device (28)',
+    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of shared memory. Please try to raise your shared memory limit.",
+    'Unexpected bus error encountered in worker. This might be caused by insufficient shared memory (shm).'])
+def test_a_lost_loader_process_has_a_remedy(said, capsys):
+    def work(): raise RuntimeError(said)
+    assert run_command(work, [], 'work')==2
+    assert '--workers 0' in (err := capsys.readouterr().err) and err.count('\n')==1
+    said = 'a bug'
+    with pytest.raises(RuntimeError, match='a bug'): run_command(work, [], 'work')
 
 def test_a_signal_just_after_the_renaming_is_not_hidden(tmp_path, monkeypatch):
     "The temporary file is gone by then; an error on removing it would replace that of the signal"
@@ -232,6 +259,15 @@ def test_switches(done, shell, tmp_path):
     with pytest.raises(SystemExit) as e: shell(reid_eval, '--version')
     assert not e.value.code
 
+def test_a_run_is_evaluated_with_its_own_flip(run, shell, monkeypatch):
+    "Unless an option says otherwise"
+    write_json(run/'config.json', dict(read_json(run/'config.json'), flip=False))
+    asked = []
+    def embed(file, files, paths, flip, *_): asked.append(flip); raise ValueError('enough')
+    monkeypatch.setattr(cli, '_embed', embed)
+    for o in ([run], [run,'--flip'], [run,'--no-flip'], [run/'model.safetensors']): refused(shell(reid_eval, *o), 'enough')
+    assert asked==[False,True,False,True]
+
 def test_eval_keeps_figures_and_picture(done, shell, tmp_path):
     res = shell(reid_eval, done, '--out', tmp_path/'e', '--csv', tmp_path/'q.csv')
     ev,q = read_json(tmp_path/'e'/'evaluation.json'),pd.read_csv(tmp_path/'q.csv')
@@ -240,12 +276,12 @@ def test_eval_keeps_figures_and_picture(done, shell, tmp_path):
     refused(shell(reid_eval, done, '--csv', tmp_path/'x', '--features', tmp_path/'.'/'x'), 'file of csv')
 
 def test_a_complete_run_says_how_to_train_on(done, shell):
-    refused(shell(reid_train, '--resume', done, '--epochs', '20'), 'complete', '--pretrained')
+    refused(shell(reid_train, '--resume', done, '--epochs', '20'), 'complete', '--pretrained', 'the backbone; branches, heads and classifiers start anew')
     assert shell(reid_train, '--resume', done).code==0
 
 def test_a_new_run_starts_from_the_weights_of_another(done, data, tmp_path, shell):
     args = [*tiny, '--pretrained', done/'model.safetensors']
-    assert shell(reid_train, data, '--out', tmp_path/'r', *args).code==0
+    assert 'model.safetensors gives the backbone; branches, heads and classifiers start anew' in shell(reid_train, data, '--out', tmp_path/'r', *args).out
     net = runs.build_net(read_config(tmp_path/'r'), 10)
     for k,v in load_tensors(done/'model.safetensors')[0].items():
         if k.startswith(('trunk','global_stage')): assert torch.equal(net.state_dict()[k], v), k

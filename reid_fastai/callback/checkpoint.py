@@ -19,7 +19,7 @@ from fastai.torch_core import get_random_states,set_random_states,to_device
 from fastcore.all import *
 
 from .regularizer import find_l2
-from ..core import DivergedError,PlainErrors,ranks
+from ..core import DivergedError,PlainErrors,brief,ranks
 from ..distributed import by_leader
 from ..export import save_model
 from ..files import atomic_write,load_plain,seal,unseal
@@ -93,10 +93,12 @@ def load(self:Checkpoint
     ) -> int: # Number of completed epochs
     "Load the state of an interrupted training from the folder, if there is one"
     if (state := by_leader(self._read)()) is None: return 0
-    self.state = state
-    self.rows,lambdas = self.state['rows'],self.state['lambdas']
-    if lambdas and (cb := find_l2(self.learn)): cb.restore_history(pd.read_csv(StringIO(lambdas)))
-    self.learn.model.load_state_dict(self.state['model'])
+    lambdas = state['lambdas']
+    try:
+        if lambdas and (cb := find_l2(self.learn)): cb.restore_history(pd.read_csv(StringIO(lambdas)))
+        self.learn.model.load_state_dict(state['model'])
+    except RuntimeError as e: raise ValueError(f'{self.file} has other arrays than the network built here ({brief(e, 70)}): install the versions that config.json names, or train in another folder.') from e
+    self.state,self.rows = state,state['rows']
     self.write_tables(lambdas)
     return len(self.rows)
 

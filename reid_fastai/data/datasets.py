@@ -250,6 +250,7 @@ def read_numbers(
 # %% ../../nbs/04_data.datasets.ipynb #37a97557
 _seps = {',':'commas', ';':'semicolons', '\t':'tabs', '|':'vertical bars'}
 _known = 'path','pid','camid','split'
+_blanks = 'na','n/a','nan','none','null'  # texts that programs write for missing values, but which can be names
 
 def _plain(column): return column.strip().strip('"').strip().lower()
 
@@ -261,11 +262,12 @@ def _parse(text):
     if twice := [o for o in _known if [*map(_plain, columns)].count(o)>1]: raise ValueError(f'the header has column {twice[0]!r} twice')
     with warnings.catch_warnings():
         warnings.simplefilter('error', pd.errors.ParserWarning)  # rows that are longer than the header
-        df = pd.read_csv(io.StringIO(text), sep=sep, dtype=str, skipinitialspace=True, index_col=False)
+        df = pd.read_csv(io.StringIO(text), sep=sep, dtype=str, skipinitialspace=True, index_col=False, keep_default_na=False)
     df = df.rename(columns={o: _plain(o) for o in df if _plain(o) in _known})
     for o in _known:
         if o in df: df[o] = (s := df[o].str.strip()).mask(s=='')
     odd = [f'{o!r} is `{_plain(o)}`' for o in (o.removeprefix('"').removesuffix('"') for o in columns) if o!=_plain(o)]
+    odd += [f'{n!r} in `{c}` is a name' for c in ('pid','camid') if c in df for n in sorted(o for o in set(df[c].dropna()) if o.lower() in _blanks)]
     return df, ([f'columns are separated by {_seps[sep]}'] if sep!=',' else []) + odd
 
 def _read_table(path):
