@@ -173,7 +173,7 @@ def test_rga_is_of_one_size():
 
 @pytest.mark.parametrize('size', [256,(256,),(256.,128.),(8,8),'256x128'])
 def test_bad_size(size):
-    with pytest.raises(ValueError, match='pass .height, width. of the images'): build('rga_sc_resnet50', size=size)
+    with pytest.raises(ValueError, match='pass .height, width. in pixels'): build('rga_sc_resnet50', size=size)
 
 # --- life of a network
 

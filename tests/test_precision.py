@@ -195,10 +195,10 @@ def test_tf32_is_named_on_a_gpu(convolutions, products, words, monkeypatch):
     assert training_precision(SimpleNamespace(model=net, cbs=[]))==f'fp32, TF32 {words}'
 
 def test_runs_of_earlier_versions_go_on(tmp_path):
-    "Their config.json knows neither precision nor compilation"
+    "Their config.json knows neither precision nor compilation, nor the table of the dataset, and has other notes"
     import json
     from reid_fastai.runs import _check_same, _versions
-    wanted = dict(vars(RunConfig()), versions=_versions())
-    (tmp_path/'config.json').write_text(json.dumps({k: v for k,v in wanted.items() if k not in ('precision','compile')}))
+    wanted = dict(vars(RunConfig()), dataset=dict(name='d', table='1f', notes=['new']), versions=_versions())
+    (tmp_path/'config.json').write_text(json.dumps({k: v for k,v in dict(wanted, dataset=dict(name='d', notes=['old'])).items() if k not in ('precision','compile')}))
     _check_same(tmp_path, wanted)
     with pytest.raises(ValueError, match="precision=None, but this call has 'bf16'"): _check_same(tmp_path, dict(wanted, precision='bf16'))

@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_is_refused(at, cut, shell):
 def test_a_checkpoint_of_another_network(cut, shell, monkeypatch):
     "Another version of timm builds other arrays"
     monkeypatch.setattr(runs, 'build_net', lambda cfg,n,f=runs.build_net: f(cfg.but(arch='resnet10t'), n))
-    refused(shell(reid_train, '--resume', cut), 'checkpoint.pth has other arrays', 'config.json names, or train in another folder')
+    refused(shell(reid_train, '--resume', cut), 'checkpoint.pth is of another network', 'config.json names, or train in another folder')
 
 def test_tables_of_an_interrupted_run_are_written_anew(cut, done, shell):
     for f in ('metrics.csv','lambdas.csv'): (cut/f).write_text('damaged')

@@ -97,7 +97,7 @@ def load(self:Checkpoint
     try:
         if lambdas and (cb := find_l2(self.learn)): cb.restore_history(pd.read_csv(StringIO(lambdas)))
         self.learn.model.load_state_dict(state['model'])
-    except RuntimeError as e: raise ValueError(f'{self.file} has other arrays than the network built here ({brief(e, 70)}): install the versions that config.json names, or train in another folder.') from e
+    except RuntimeError as e: raise ValueError(f'{self.file} is of another network: install the versions that config.json names, or train in another folder. ({brief(e, 70)})') from e
     self.state,self.rows = state,state['rows']
     self.write_tables(lambdas)
     return len(self.rows)

@@ -15,7 +15,7 @@ import pandas as pd
 from fastcore.all import *
 from PIL import Image
 from ..core import brief
-from .datasets import _plain,_read_table
+from .datasets import _blanks,_plain,_read_table
 from .image import open_image
 from ..files import read_bytes
 
@@ -107,7 +107,8 @@ def read_boxes(
     if missing := [o for o in needed if o not in df]:
         raise ValueError(f'{brief(path, 110)}: column{"s"*(len(missing)>1)} {", ".join(missing)} missing; path, all or none of x1, y1, x2, y2, and, if known, time, camid, pid are needed. Found: {brief(", ".join(map(str, df)), 60)}.')
     if not len(df): raise ValueError(f'{brief(path, 120)} has no rows, so there are no images.')
-    try: cols = {o: column_values(o, df[o].str.strip(), len(df), 'row') for o in _columns if o in df}
+    def known(o): return (s := df[o].str.strip()).mask((s=='') | s.str.lower().isin(_blanks) & (o not in ('path','pid')))  # a number may be missing as NA
+    try: cols = {o: column_values(o, known(o), len(df), 'row') for o in _columns if o in df}
     except ValueError as e: raise ValueError(f'{brief(path, 110)}: {e}') from e
     if 'pid' in cols: cols['pid'] = _whole(cols['pid'])
     if (gap := first(i for i in range(len(df)) if any(cols[o][i] is None for o in needed))) is not None:
