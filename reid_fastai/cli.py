@@ -183,7 +183,7 @@ def reid_eval(
     check_metric(metric)
     L(far).map(_check_rate)
     if far is not None and not verify: raise ValueError(f'--far {" ".join(map(str, L(far)))}: thresholds are computed only with `--verify`. Add it, or leave `--far` out.')
-    if flip is None: flip = not is_run or read_config(run).flip
+    if flip is None: flip = not is_run or read_json(Path(run)/'config.json').get('flip', True)
     device = chosen_device(device)
     if data is None: data = _trained_on(file)
     shown = Path(ifnone(out, file.parent))

@@ -21,7 +21,7 @@ from fastcore.all import *
 from matplotlib.ticker import NullFormatter
 from scipy import stats
 
-from .callback.distributed import _fingerprint
+from .callback.distributed import table_checksum
 from .callback.history import _penalised,plot_lambda_hist
 from .config import *
 from .core import DivergedError,ReIDSplits,check_int,check_share
@@ -30,7 +30,7 @@ from .distributed import *
 from .files import *
 from .results import *
 from .runs import *
-from .runs import _added,_check_test_images
+from .runs import _added
 
 # %% ../nbs/20_experiments.ipynb #28ba6412
 #: The regularisers that are compared by default
@@ -118,7 +118,7 @@ class Comparison:
     @by_leader
     def _begin(self):
         "Write the options of the comparison, or check that they are unchanged"
-        asked = json.loads(json.dumps(dict(cfg=vars(self.cfg), arms=list(self.arms), seeds=self.seeds, grids=self.grids, tune_pids=self.tune_pids, tune_distractors=self.tune_distractors, dataset=self.splits.name, table=_fingerprint(self.splits))))
+        asked = json.loads(json.dumps(dict(cfg=vars(self.cfg), arms=list(self.arms), seeds=self.seeds, grids=self.grids, tune_pids=self.tune_pids, tune_distractors=self.tune_distractors, dataset=self.splits.name, table=table_checksum(self.splits))))
         if not (file := self.out/'comparison.json').exists(): return write_json(file, asked)
         found = {'tune_distractors':0., 'table':asked['table'], **read_json(file)}  # older comparisons do not have these
         before,now = ({**_added, **o.pop('cfg'), **o, 'seeds':None} for o in (found, asked))  # seeds may be added
@@ -190,7 +190,7 @@ def run(self:Comparison
     "Train the missing runs, and write tables and figures"
     check_folder(self.out, 'comparison.json')
     for o in L(self.splits, self.held).filter(): check_run(o, self.cfg)
-    if self.held and told(not any(self.out.glob('final-*'))): _check_test_images(self.splits, self.cfg.size)  # else the first test run has checked them
+    if self.held and told(not any(self.out.glob('final-*'))): check_test_images(self.splits, self.cfg.size)  # else the first test run has checked them
     by_leader(self.out.mkdir)(parents=True, exist_ok=True)
     with hold_folder(self.out),_again(self.out):
         self._begin()

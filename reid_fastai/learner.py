@@ -33,7 +33,11 @@ from .schedules import *
 paper_adam = partial(FusedAdam, mom=.9, sqr_mom=.999, eps=1e-7, wd=0.)
 
 # %% ../nbs/16_learner.ipynb #b3f5548d
-def _evaluated(loss, out, *yb): return out.new_zeros(len(out)) if isinstance(out, torch.Tensor) else loss(out, *yb)
+def _evaluated(loss, out, *yb):
+    "`loss`, but 0 for embeddings, for each image if the loss is not reduced"
+    if not isinstance(out, torch.Tensor): return loss(out, *yb)
+    zeros,whole = out.new_zeros(len(out)),getattr(loss, 'keywords', {}).get('reduction', getattr(loss, 'reduction', None))!='none'
+    return zeros.sum() if whole else zeros
 
 class ReIDLearner(Learner):
     "A `Learner` whose results are ranked lists; `interpret` adds its `show_results`"
@@ -56,8 +60,9 @@ class ReIDLearner(Learner):
 
     def _do_one_batch(self):
         "fastai's `_do_one_batch`; embeddings in evaluation have a loss of zero, so `loss_func` need not accept them"
+        if self.training: return super()._do_one_batch()
         loss = self.loss_func
-        if not self.training: self.loss_func = partial(_evaluated, loss)
+        self.loss_func = partial(_evaluated, loss)
         try: super()._do_one_batch()
         finally: self.loss_func = loss
 

@@ -41,7 +41,7 @@ THETA = 'l2_theta'
 
 def _is_norm(m):
     "Whether `m` is a norm of PyTorch, or has 'norm' in its name and, unlike a layer of normalised weights, no matrix"
-    return (isinstance(m, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm))
+    return (isinstance(m, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm))
             or ('norm' in type(m).__name__.lower() and not any(is_matrix(p.squeeze()) for p in m.parameters(recurse=False))))  # arrays (1, n, 1, 1) are no matrices
 
 def param_kinds(

@@ -119,13 +119,13 @@ def compare_archs(
     parts = {o.arch: Comparison(out/Path(o.arch).name, splits, o, device=device, workers=workers, **options) for o in cfgs}
     for o in parts.values(): check_run(splits, o.cfg)
     write_json(out/'networks.json', dict(archs=archs, dataset=splits.name))
-    for arch,o in parts.items():
+    for arch,cmp in parts.items():
         print(f'\n{arch}')
-        runs = o.run()[lambda df: df.stage=='final']
-        n_params,n_madds = network_costs(o.cfg, splits.n_train_pids)
+        runs = cmp.run()[lambda df: df.stage=='final']
+        n_params,n_madds = network_costs(cmp.cfg, splits.n_train_pids)
         table = comparison_table(runs)
-        rows.append({'network': arch, 'parameters, M': f'{n_params/1e6:.2f}', 'multiply-adds, M': f'{n_madds/1e6:.0f}', 'images a second': f'{runs.images_per_second.mean():.0f}',
-            'untrained mAP': f'{_untrained(o.out, splits, o.cfg, device, workers):.2f}',
-                     **{f'{arm}, mAP / Rank-1': f'{table.mAP[arm]} / {table["Rank-1"][arm]}' for arm in table.index}, 'published': published_figures(arch, splits.name)})
+        rows.append({'network': arch, 'parameters, M': f'{n_params/1e6:.2f}', 'multiply-adds, M': f'{n_madds/1e6:.0f}', 'images a second': f'{runs.images_per_second.mean():.0f}'.replace('nan', ''),
+            'untrained mAP': f'{_untrained(cmp.out, splits, cmp.cfg, device, workers):.2f}',
+                     **{f'{arm}, mAP / Rank-1': f'{o.mAP} / {o["Rank-1"]}'+(f' ({o.seeds})' if 'diverged' in str(o.seeds) else '') for arm,o in table.iterrows()}, 'published': published_figures(arch, splits.name)})
         atomic_write(out/'table.md', markdown_table(pd.DataFrame(rows))+'\n')
     return pd.DataFrame(rows)

@@ -243,6 +243,9 @@ def test_names_that_are_partly_known_numbers(home, files, monkeypatch):
     res = reid_search('new', [str(files[0])], k=1, pid='7', where="pid = '7'", quiet=True)
     assert res.df.match.tolist()==[True] and Gallery.load('new').table.to_arrow()['pid'].to_pylist()==['7',None,'12']
     monkeypatch.setattr(cli_search, '_part', 1)  # names must not depend on what is committed together
+    pd.DataFrame(dict(path=df.path, pid=[7,None,12])).to_csv('t.csv', index=False, na_rep='NA')
+    reid_embed(home/'run', out='third', boxes='t.csv', quiet=True)
+    assert Gallery.load('third').table.to_arrow()['pid'].to_pylist()==['7',None,'12']
     df.assign(pid=['Ann','7.0','7.0']).to_csv('t.csv', index=False)
     reid_embed(home/'run', out='other', boxes='t.csv', quiet=True)
     assert Gallery.load('other').table.to_arrow()['pid'].to_pylist()==['Ann','7.0','7.0']

@@ -97,7 +97,9 @@ def load(self:Checkpoint
     try:
         if lambdas and (cb := find_l2(self.learn)): cb.restore_history(pd.read_csv(StringIO(lambdas)))
         self.learn.model.load_state_dict(state['model'])
-    except RuntimeError as e: raise ValueError(f'{self.file} is of another network: install the versions that config.json names, or train in another folder. ({brief(e, 70)})') from e
+    except RuntimeError as e:
+        if 'Error(s) in loading' not in str(e): raise
+        raise ValueError(f'{self.file} is of another network: install the versions that config.json names, or train in another folder. ({brief(e, 70)})') from e
     self.state,self.rows = state,state['rows']
     self.write_tables(lambdas)
     return len(self.rows)

@@ -55,7 +55,8 @@ def check_normalize(
     dls:DataLoaders # Loaders of its images
 ):
     "Raise `ValueError` if both the loaders and the network normalise the images"
-    if isinstance(unwrap(model), ReIDNet) and any(isinstance(f, Normalize) for dl in getattr(dls, 'loaders', []) for f in nested_attr(dl, 'after_batch.fs', ())):
+    net = unwrap(model)
+    if isinstance(net, ReIDNet) and (net.mean.any() or (net.std!=1).any()) and any(isinstance(f, Normalize) for dl in getattr(dls, 'loaders', []) for f in nested_attr(dl, 'after_batch.fs', ())):
         raise ValueError('`batch_tfms` has `Normalize`, but the network normalises images by its own mean and std, so they would be normalised twice. Remove `Normalize`.')
 
 def check_classes(
@@ -73,7 +74,8 @@ def warn_untrained(
 ):
     "Warn of trainable parameters of the loss that the optimizer does not have"
     loss = learn.loss_func
-    own = {id(p) for p in loss.parameters() if p.requires_grad} if isinstance(loss, nn.Module) else set()
+    if learn.opt is None or not isinstance(loss, nn.Module): return
+    own = {id(p) for p in loss.parameters() if p.requires_grad}
     if n := len(own-_in_opt(learn)):
         warnings.warn(f'{type(loss).__name__} has {n} trainable parameter arrays that the optimizer does not have, so they keep their values. '
                       'Add them to the last group: `splitter=lambda m: [(g := reid_splitter(m))[0], [*g[1], *loss_func.parameters()]]`.')
@@ -85,6 +87,7 @@ class FitChecks(PlainErrors, Callback):
     def before_fit(self):
         if self.learn.lock.locked(): return  # `validate` and `get_preds` hold the lock; they are checked before
         self._check_fit(self.learn.cbs)
+        check_normalize(self.learn.model, self.dls)
         check_classes(self.learn.model, self.dls)
         check_opt(self.learn)
         warn_untrained(self.learn)
@@ -92,7 +95,6 @@ class FitChecks(PlainErrors, Callback):
     def _check_fit(self, cbs):
         "Check network, loss, loaders and callbacks `cbs`"
         check_norms(self.learn.model, any(getattr(cb, 'sync_bn', False) for cb in cbs))
-        check_normalize(self.learn.model, self.learn.dls)
         check_loss(self.learn.loss_func)
         if mix := first(cbs, lambda cb: isinstance(cb, MixHandler)):
             raise ValueError(f'{mix} mixes pairs of images, but the triplet loss needs one identity per image. '

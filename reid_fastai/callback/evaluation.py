@@ -109,9 +109,9 @@ class _Blank(float):
 _blank = _Blank('nan')
 
 # %% ../../nbs/14_callback.evaluation.ipynb #829f66b8
-def _fingerprint(learn):
+def _marks(learn):
     "Numbers that differ for other weights, and for loaders with other queries and gallery"
-    return [id(_test_df(learn.dls)), *(o.float().sum().item() for o in unwrap(learn.model).state_dict().values())]
+    return [id(_test_df(learn.dls)), *(o.float().sum().item() for o in unwrap(learn.model).state_dict().values() if isinstance(o, torch.Tensor))]
 
 class RetrievalMetrics(PlainErrors, Callback):
     "Show mAP and Rank-1 in the training table, in per cent, and keep the results"
@@ -146,9 +146,9 @@ class RetrievalMetrics(PlainErrors, Callback):
         self.recorder.cancel_train = False  # after `ShortEpochCallback`, `Recorder` would leave out the loss and all metrics
         if self._due and not hasattr(self.learn, 'lr_finder'): self._evaluate()
 
-    def _evaluate(self): self.results,self._of = self.learn.retrieval(self.flip),_fingerprint(self.learn)
+    def _evaluate(self): self.results,self._of = self.learn.retrieval(self.flip),_marks(self.learn)
     @property
-    def current(self): "The results if they are those of the present weights and loaders, else None"; return self.results if self._of==_fingerprint(self.learn) else None
+    def current(self): "The results if they are those of the present weights and loaders, else None"; return self.results if self._of==_marks(self.learn) else None
 
     def before_validate(self):
         if hasattr(self.learn, 'gather_preds'): return

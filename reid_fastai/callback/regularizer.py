@@ -25,6 +25,7 @@ def check_opt(
     learn:Learner # Learner that is about to train
 ):
     "Raise `ValueError` if the optimizer has no trainable parameter of the network, as after `learn.model = other`"
+    if learn.opt is None: return  # as for `summary` and `tta`, which do not train
     own,has = {id(p) for n,p in unwrap(learn.model).named_parameters() if p.requires_grad and n!=THETA},_in_opt(learn)
     if own and not own & has:
         raise ValueError(f'The optimizer has {len(has)} parameter arrays, and none of the {len(own)} that the network would train; it was made for another network. '
@@ -34,7 +35,7 @@ def check_opt(
 class L2Callback(ArrayHistory):
     "Base class: adds the penalty of a regulariser to the loss that is differentiated"
     order,run_valid = GradientAccumulation.order-1,False  # the penalty must be added before accumulation divides the loss
-    undecayed,_metric = True,None
+    undecayed,_metric,_hook = True,None,None
     def __init__(self,
         **kwargs # Arguments of the regulariser: its strength and `exclude`
     ):
@@ -57,6 +58,7 @@ class L2Callback(ArrayHistory):
         learn,self._learn = self._learn,None
         restore_default_wd(learn, self)
         learn.splitter = self._splitter
+        if self._hook: self._hook = self._hook.remove()
         if learn.opt is not None and (theta := getattr(self.regularizer, 'theta', None)) is not None: _take_out(learn.opt, theta)
         learn.metrics = [m for m in learn.metrics if m is not self._metric]
 
@@ -74,7 +76,6 @@ def _build(self:L2Callback, learn):
     if (theta := getattr(new, 'theta', None)) is not None:
         if (has := getattr(model, THETA, None)) is None:
             model.register_parameter(THETA, theta)
-            model.register_load_state_dict_pre_hook(_keep_theta)
         elif has.shape!=theta.shape:
             raise ValueError(f'The model has a θ for {len(has)} parameter arrays, but the number of arrays to regularise is {len(theta)}. '
                              f'Use the same model and `exclude` as before, or remove θ with `del learn.model.{THETA}`.')
@@ -83,6 +84,8 @@ def _build(self:L2Callback, learn):
                              f'Use the same `exclude` as before, or remove θ with `del learn.model.{THETA}`.')
         else: new.theta = has
         model._theta_names = new.names
+        if self._hook: self._hook.remove()
+        self._hook = model.register_load_state_dict_pre_hook(_keep_theta)
     self._use(new)
 
 @patch

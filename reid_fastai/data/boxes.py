@@ -107,7 +107,7 @@ def read_boxes(
     if missing := [o for o in needed if o not in df]:
         raise ValueError(f'{brief(path, 110)}: column{"s"*(len(missing)>1)} {", ".join(missing)} missing; path, all or none of x1, y1, x2, y2, and, if known, time, camid, pid are needed. Found: {brief(", ".join(map(str, df)), 60)}.')
     if not len(df): raise ValueError(f'{brief(path, 120)} has no rows, so there are no images.')
-    def known(o): return (s := df[o].str.strip()).mask((s=='') | s.str.lower().isin(_blanks) & (o not in ('path','pid')))  # a number may be missing as NA
+    def known(o): return (s := df[o].str.strip()).mask((s=='') | s.str.lower().isin(_blanks) & (o!='path'))  # programs write NA and the like for missing values
     try: cols = {o: column_values(o, known(o), len(df), 'row') for o in _columns if o in df}
     except ValueError as e: raise ValueError(f'{brief(path, 110)}: {e}') from e
     if 'pid' in cols: cols['pid'] = _whole(cols['pid'])

@@ -230,7 +230,7 @@ class PidFolders(ReIDLayout):
             for f in sorted(_images_below(root/split)):
                 pid,*rest = f.relative_to(root/split).parts
                 if not rest: raise ValueError(f'{brief(f, 140)} is not in the folder of an identity. Move it to {split}/<pid>/.')
-                yield str(f.relative_to(root)), pid, split
+                yield f.relative_to(root).as_posix(), pid, split
 
 #: One folder of images per identity
 own_folders = PidFolders('Folders', {})
@@ -250,7 +250,7 @@ def read_numbers(
 # %% ../../nbs/04_data.datasets.ipynb #37a97557
 _seps = {',':'commas', ';':'semicolons', '\t':'tabs', '|':'vertical bars'}
 _known = 'path','pid','camid','split'
-_blanks = 'na','n/a','nan','none','null'  # texts that programs write for missing values, but which can be names
+_blanks = 'na','n/a','nan','none','null','<na>','#n/a','#na','-nan'  # texts that programs write for missing values, but which can be names
 
 def _plain(column): return column.strip().strip('"').strip().lower()
 
