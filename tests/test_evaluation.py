@@ -218,13 +218,12 @@ def test_saves_features_that_share_memory(tmp_path):
         again = RetrievalResults.load(tmp_path/f'{i}.safetensors')
         assert torch.equal(again.dists.q, res.dists.q) and torch.equal(again.dists.g, res.dists.g)
 
-def test_loads_reranked_results_without_an_import_of_reranking(tmp_path, monkeypatch):
+def test_reranked_results_need_an_import(tmp_path, monkeypatch):
     res = build(torch.rand(4, 4), [1,1,2,2], [1]*4, torch.rand(8, 4), [1,1,2,2]*2, [2]*8).rerank(2, 1)
     res.save(tmp_path/'f')
-    read = metrics._readers['RerankedDistances']
-    monkeypatch.delitem(metrics._readers, 'RerankedDistances')
-    monkeypatch.setattr(metrics, 'import_module', lambda name: name==rerank.__name__ and metrics._readers.update(RerankedDistances=read))
     assert RetrievalResults.load(tmp_path/'f').mAP==res.mAP
+    monkeypatch.delitem(metrics._readers, 'RerankedDistances')
+    with pytest.raises(ValueError, match='has RerankedDistances, which are read after `from reid_fastai.evaluation.all import'): RetrievalResults.load(tmp_path/'f')
 
 @pytest.mark.parametrize('data', [b'', b'\x80\x04K\x01.', b'x'*64])
 def test_load_refuses(data, tmp_path):

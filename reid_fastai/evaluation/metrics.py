@@ -8,7 +8,6 @@ __all__ = ['count_ranks', 'RetrievalResults']
 # %% ../../nbs/10_evaluation.metrics.ipynb #c02f2009
 import warnings
 from contextlib import contextmanager
-from importlib import import_module
 from numbers import Integral
 from pathlib import Path
 
@@ -371,7 +370,7 @@ def load(cls:RetrievalResults,
     tensors,meta = load_tensors(path)
     if meta.get('format')!=_format: raise ValueError(f"{path} has format {meta.get('format')!r}, needed {_format!r}: it was not written by `RetrievalResults.save`.")
     labels = [np.array(meta['labels'][o]) if o in meta['labels'] else tensors[o].numpy() for o in _label_names]
-    if meta['dists'] not in _readers: import_module('reid_fastai.evaluation.rerank')  # adds the reader of re-ranked distances
+    if meta['dists'] not in _readers: raise ValueError(f'{path} has {meta["dists"]}, which are read after `from reid_fastai.evaluation.all import *`.')
     try: dists = _readers[meta['dists']](tensors, meta)
     except ValueError as e: raise ValueError(f'{path}: {e}') from e
     return cls(dists, *labels, ranks=tensors['ranks'].numpy())
