@@ -30,13 +30,13 @@ from .schedules import *
 #: Defaults of the recipes
 recipes = dict(
     quick=dict(arch='tf_efficientnet_lite0', regions=0, size='128x64', frozen_epochs=0, epochs=10, steps=None, lr=1e-3),
-    laptop=dict(arch='tf_efficientnet_lite0', regions=0, size='256x128', first_size='128x64', frozen_epochs=0, epochs=34, steps=None, lr=1e-3, l2='auto', strength=3e-3),
+    laptop=dict(arch='tf_efficientnet_lite0', regions=0, size='256x128', first_size='128x64', frozen_epochs=0, epochs=34, steps=None, lr=1e-3, l2='auto'),
     paper=dict(arch='resnet50', regions=2, size='384x128', frozen_epochs=paper_frozen_epochs, epochs=paper_epochs, steps=paper_steps, lr=paper_lr),
     published=dict(arch='osnet_x1_0'))  # the other defaults depend on the network
 
 def _defaults(recipe, arch):
     "Defaults of a recipe, by option"
-    res = {**dict(n_pids=16, n_imgs=4, l2='adaptive', factor=2.5e-3, strength=None, first_size=None), **recipes[recipe]}
+    res = {**dict(n_pids=16, n_imgs=4, l2='adaptive', factor=2.5e-3, first_size=None), **recipes[recipe]}
     if recipe!='published': return res
     r = find_recipe(ifnone(arch, res['arch']))
     n_imgs = r.n_imgs or 1
@@ -53,7 +53,7 @@ class RunConfig:
         regions:int=None, # Number of horizontal strips, each with a branch: 2 in the paper, 0 for the light head; default: the recipe's
         size:str=None, # Height x width of the images, px; default: the recipe's, 128x64 if quick, 256x128 if laptop
         first_size:str=None, # Size of the images in the first epochs, smaller than `size` (progressive resizing); default: the recipe's, 128x64 if laptop
-        first_epochs:int=None, # Number of epochs with `first_size`; default: seven tenths of the epochs
+        first_epochs:int=None, # Number of epochs with `first_size`; default: six tenths of the epochs
         n_pids:int=None, # Identities per batch; default: the recipe's, 16 if quick
         n_imgs:int=None, # Images per identity in a batch; default: the recipe's, 4 if quick
         frozen_epochs:int=None, # Epochs with a frozen backbone, before all others, for the recipe paper; default: 20 if paper
@@ -63,7 +63,7 @@ class RunConfig:
         l2:str=None, # Regulariser: 'adaptive', 'conventional', 'none', 'rotation', 'auto' (rotation, and adaptive L2 for other arrays), 'decoupled', 'cautious', 'cpr', 'l2sp', 'awd' or 'lamb'; default: adaptive, auto if laptop, conventional if published
         amplitude:float=5e-3, # A of adaptive L2, also in 'auto'; each λ starts at A/2
         factor:float=None, # λ of conventional L2; default: 2.5e-3; if published, half the published weight decay
-        strength:float=None, # Strength of the other regularisers, such as λ of 'rotation' and 'decoupled'; default: the recipe's, or the callback's
+        strength:float=None, # Strength of the other regularisers, such as λ of 'rotation' and 'decoupled'; default: the callback's
         val_pids:float=0., # Share of the training identities to hold out for choosing the epoch; default: the last epoch is used
         eval_every:int=None, # Epochs between evaluations; default: only after the last epoch, with `val_pids` after every epoch
         flip:bool=True, # Average embeddings over image and mirror image
@@ -76,14 +76,13 @@ class RunConfig:
         if recipe not in recipes: raise ValueError(f'recipe={recipe!r}: it must be one of {list(recipes)}.')
         store_attr()
         defaults = _defaults(recipe, arch)
-        if l2 not in (None, defaults['l2']): defaults['strength'] = None  # the recipe's strength is for the recipe's regulariser
         for k,v in defaults.items(): setattr(self, k, ifnone(getattr(self, k), v))
         self.data,self.size,self.first_size = _absolute(data, 'data'),_parse_size(self.size),self.first_size and _parse_size(self.first_size, 'first_size')
         if pretrained not in ('imagenet','none'): self.pretrained = _absolute(pretrained, 'pretrained')
         if val_pids: self.eval_every = ifnone(eval_every, 1)
         self._check()
 
-def _first_epochs(epochs): "Default number of epochs with small images"; return min(round(.7*epochs), epochs-1)
+def _first_epochs(epochs): "Default number of epochs with small images"; return min(round(.6*epochs), epochs-1)
 
 def _absolute(path, what):
     "Absolute `path`, so that the run can be resumed from another folder; 'synthetic' is not changed"

@@ -155,7 +155,7 @@ def test_erasing_after_an_interrupted_fit():
 
 def test_copies_of_options(splits):
     cfg = RunConfig(recipe='laptop')
-    assert cfg.but(epochs=10).first_epochs==7 and cfg.but(first_epochs=20).but(epochs=40).first_epochs==20 and cfg.but(seed=1).first_epochs==cfg.first_epochs
+    assert cfg.but(epochs=10).first_epochs==6 and cfg.but(first_epochs=21).but(epochs=40).first_epochs==21 and cfg.but(seed=1).first_epochs==cfg.first_epochs
     small = RunConfig(recipe='laptop', size='128x64', arch='test_resnet', pretrained='none', n_pids=4)
     with pytest.raises(ValueError, match='first_size=128x64: it must be smaller than size'): runs.check_run(splits, small)
     with pytest.raises(ValueError, match='recipe=paper: these options have the defaults of recipe=laptop'): cfg.but(recipe='paper')
@@ -165,11 +165,11 @@ def test_one_epoch_has_one_size():
     with pytest.raises(ValueError, match='epochs=ten: it must be a whole number'): RunConfig(recipe='laptop', epochs='ten')
 
 def test_laptop_recipe(splits):
-    "Another regulariser has a strength of its own; small images end before the last epoch; a network of one size is refused"
+    "Another regulariser does not take over a strength; small images end before the last epoch; a network of one size is refused"
     cfg = RunConfig(recipe='laptop')
-    assert (cfg.l2,cfg.strength,cfg.first_size,cfg.first_epochs,cfg.size)==('auto', 3e-3, [128,64], 24, [256,128])
-    assert cfg.but(l2='decoupled').strength is None and cfg.but(l2='decoupled').but(l2='auto').strength==3e-3 and cfg.but(strength=.1).strength==.1
-    assert RunConfig(recipe='laptop', l2='rotation').strength is None and RunConfig(recipe='laptop', epochs=2).first_epochs==1
+    assert (cfg.l2,cfg.strength,cfg.first_size,cfg.first_epochs,cfg.size)==('auto', None, [128,64], 20, [256,128])
+    assert cfg.but(strength=.1).but(l2='decoupled').strength is None and cfg.but(strength=.1).but(seed=1).strength==.1
+    assert RunConfig(recipe='laptop', epochs=2).first_epochs==1
     assert RunConfig().first_size is None and RunConfig().first_epochs is None
     with pytest.raises(ValueError, match='built for 256×128'): runs.check_run(splits, RunConfig(recipe='laptop', arch='rga_sc_resnet50', pretrained='none', n_pids=4))
 
