@@ -27,6 +27,7 @@ from fastcore.all import *
 from .callback.evaluation import *
 from .config import *
 from .core import *
+from .data.block import check_workers
 from .data.datasets import *
 from .data.synthetic import *
 from .distributed import *
@@ -98,7 +99,7 @@ def reid_train(
 ) -> Path: # The run folder
     "Train a Re-ID model, evaluate it, and store everything in a run folder"
     check_device(device)
-    if workers is not None: check_int('workers', workers, 0, 1024)
+    check_workers('workers', workers)
     if resume:
         if out: raise ValueError(f'--out {out}: an interrupted run is resumed in its folder, {resume}. Leave `--out` out.')
         cfg,out = _resumed(resume, dict(kwargs, data=data)),Path(resume)
@@ -243,7 +244,7 @@ def reid_compare(
 ) -> Path: # The folder
     "Compare regularisers over several seeds, all else being equal; prints a table of means and paired differences"
     check_device(device)
-    if workers is not None: check_int('workers', workers, 0, 1024)
+    check_workers('workers', workers)
     if table:
         fixed = dict(data=data, arms=arms, archs=archs, seeds=seeds, factors=factors, amplitudes=amplitudes, strengths=strengths, tune_pids=tune_pids, tune_distractors=tune_distractors)
         return _paper_table(table, root, Path(ifnone(out, 'runs/paper-table')), quiet, fixed, dict(kwargs, seed=seed, device=device, workers=workers))

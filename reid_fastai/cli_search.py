@@ -157,7 +157,7 @@ def reid_search(
     _check_outputs(dict(csv=csv, html=html, png=png), db, files)
     threshold = db.threshold(far, open_set) if same else None
     if index and not db.indexed:
-        db._check_search(k, where)  # building can take long
+        db.check_search(k, where)  # building can take long
         db.index()
     res = db.search(files, k, where, exact=not index, pid=pid, boxes=boxes)
     if same: res = res.same(threshold, _meaning(db, far, open_set, res.searched))

@@ -248,8 +248,11 @@ def _found(self:Gallery, ids, dists):
     return pd.DataFrame(dict(query=at[:,0], rank=at[:,1]+1, distance=dists[ids>=0], **typed)),cols['thumbnail']
 
 @patch
-def _check_search(self:Gallery, k, where):
-    "Number of images, and for a condition its text and the row ids that satisfy it, else None; raise `ValueError` if `k` or `where` is invalid"
+def check_search(self:Gallery,
+    k:int, # Number of images to find per photo
+    where:str=None # Condition in SQL on the columns; None: all images
+) -> tuple: # Number of images; and the condition as the database takes it with the row ids that satisfy it, or None twice
+    "Raise `ValueError` if `search` would not accept `k` or `where`"
     with _database(self.path): self.table.checkout_latest()
     n = len(self)
     check_int('k', k, 1)
@@ -275,7 +278,7 @@ def search(self:Gallery,
     queries = pd.DataFrame(dict(path=[str(o) if isinstance(o, (str,Path)) else None for o in images], pid=column_values('pid', pid, len(images))), dtype=object)
     if boxes is not None and (isinstance(images, torch.Tensor) or len(boxes)!=len(images)): raise ValueError(f'{len(boxes)} boxes for {len(images)} photos: one for each is needed, or None where the whole photo is meant. Embeddings have no boxes.')
     if not exact and not (indexed := self.indexed): raise ValueError(f'{brief(self.path, 120)} has no index. Build it with `index()` or `reid-search --index`, or search exactly.')
-    n,text,ids = self._check_search(k, where)
+    n,text,ids = self.check_search(k, where)
     q,thumbs = self._embed(images, boxes)
     k,among,m = (k,f'{n} images',n) if where is None else (min(k, len(ids)),f'{len(ids)} of {n} images ({brief(where, 120)})',len(ids))
     if exact:

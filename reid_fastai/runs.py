@@ -66,7 +66,7 @@ def _check_same(out, wanted):
     "Raise `ValueError` if a run is resumed with other options or other data"
     found,plain = {**_added, **read_json(out/'config.json')},json.loads(json.dumps(wanted))
     pairs = [(k, found.get(k), v) for k,v in plain.items() if k not in ('dataset','versions')]
-    # Runs of earlier versions have no fingerprint of the table, and another version may write other notes
+    # Runs of earlier versions have no checksum of the table, and another version may write other notes
     pairs += [(f'dataset {k}', found['dataset'].get(k, v), v) for k,v in plain['dataset'].items() if k!='notes']
     if diff := first(o for o in pairs if o[1]!=o[2]):
         k,old,new = diff

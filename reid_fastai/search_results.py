@@ -73,7 +73,11 @@ def same(self:SearchResults,
     return SearchResults(df.assign(same=df.distance<=threshold), self.thumbs, self.queries, self.q_thumbs, how, self.searched)
 
 # %% ../nbs/18d_search_results.ipynb #0d5044da
-def default_far(open_set): "False accept rate, if none is chosen"; return 1e-2 if open_set else 1e-3
+def default_far(
+    open_set:bool # Whether the rate is that of searches for people who are not in the gallery, instead of that of pairs
+) -> float: # The rate
+    "False accept rate, if none is chosen"
+    return 1e-2 if open_set else 1e-3
 
 def read_threshold(
     model:str|Path, # Run folder, or model file with `verification.json` beside it
