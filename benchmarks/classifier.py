@@ -2,7 +2,8 @@
 
     python benchmarks/classifier.py [--images 150] [--epochs 40] [--seeds 10] [--csv FILE]
 
-Each regulariser is trained with six strengths and several seeds; `AutoL2` is trained with its default alone. The best strength is the one with the highest mean accuracy on the 1,000 test
+Each regulariser is trained with six strengths and several seeds; `AutoL2` is trained with its default alone. The optimizer is fastai's Adam with ε = 1e-7, because the default of 1e-5 swamps the
+gradient of θ for small arrays. The best strength is the one with the highest mean accuracy on the 1,000 test
 images themselves, which favours the regularisers with six strengths.
 """
 import argparse, sys
@@ -34,7 +35,7 @@ def net(): return nn.Sequential(ConvLayer(1, 16), ConvLayer(16, 32, stride=2), C
 def accuracy_of(cbs, a, seed):
     "Accuracy after the last epoch, %"
     set_seed(seed)
-    learn = Learner(loaders(a.images), net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=cbs, **({} if cbs else dict(wd=0.)))
+    learn = Learner(loaders(a.images), net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, cbs=cbs, opt_func=partial(Adam, eps=1e-7), **({} if cbs else dict(wd=0.)))
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(a.epochs, a.lr)
     return 100*dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))['accuracy']
 
