@@ -868,6 +868,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'reid_fastai/evaluation/distances.py'),
                                                   'reid_fastai.evaluation.distances._product': ( 'evaluation.distances.html#_product',
                                                                                                  'reid_fastai/evaluation/distances.py'),
+                                                  'reid_fastai.evaluation.distances._set_highest': ( 'evaluation.distances.html#_set_highest',
+                                                                                                     'reid_fastai/evaluation/distances.py'),
                                                   'reid_fastai.evaluation.distances._shift': ( 'evaluation.distances.html#_shift',
                                                                                                'reid_fastai/evaluation/distances.py'),
                                                   'reid_fastai.evaluation.distances._unit': ( 'evaluation.distances.html#_unit',

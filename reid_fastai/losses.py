@@ -6,6 +6,7 @@
 __all__ = ['EuclideanDistance', 'MinedTriplet', 'BatchHardTriplet', 'ReIDLoss']
 
 # %% ../nbs/02_losses.ipynb #80811ce8
+import warnings
 from typing import Callable
 
 import torch
@@ -85,6 +86,7 @@ def forward(self:ReIDLoss,
 ) -> torch.Tensor: # Scalar; zero in evaluation
     "Task loss; its terms are stored in `parts`"
     if isinstance(out, torch.Tensor):
+        if out.requires_grad and torch.is_grad_enabled(): warnings.warn('The loss of embeddings alone is 0, and trains nothing. Call `model.train()`, so that a `ReIDNet` returns embeddings and logits, or evaluate within `torch.no_grad()`.')
         zeros = _plain(out)[:,:0].sum(1, dtype=torch.float32)  # an empty sum: `out*0` would be NaN where `out` is infinite
         return zeros if self.reduction=='none' else zeros.sum()
     embs,logits = out

@@ -59,6 +59,7 @@ def param_kinds(
 # %% ../nbs/01_regularizers.ipynb #3b494dcf
 def _sq_norms(ws):
     "`‖w‖²` of each of the arrays `ws`, (N,), float32 or higher precision"
+    ws = [torch.view_as_real(w) if w.is_complex() else w for w in ws]
     dtype = reduce(torch.promote_types, {w.dtype for w in ws}, torch.float32)
     if ws[0].device.type!='cpu': return torch.stack(torch._foreach_norm(ws, dtype=dtype)).square()
     # On a CPU `_foreach_norm` is a loop over arrays, and its running sum loses 3 digits on large ones

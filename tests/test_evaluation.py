@@ -267,6 +267,16 @@ def test_features_that_are_not_numbers():
     from reid_fastai.core import DivergedError
     with pytest.raises(DivergedError, match='1 of 2 rows contain NaN'): distances.as_feats(torch.tensor([[1.,2.],[float('nan'),0.]]))
 
+def test_threads_share_the_precision():
+    "PyTorch's setting belongs to the process: the last thread restores what was set before the first"
+    a,b = (distances.full_precision(torch.device('cpu')) for _ in range(2))
+    torch.set_float32_matmul_precision('medium')
+    try:
+        for f in (a.__enter__, b.__enter__, lambda: a.__exit__(None, None, None)): f(); assert torch.get_float32_matmul_precision()=='highest'
+        b.__exit__(None, None, None)
+        assert torch.get_float32_matmul_precision()=='medium'
+    finally: torch.set_float32_matmul_precision('highest')
+
 def _newer_precision():
     torch.set_num_threads(1)  # the threads of the parent do not exist in a fork
     torch.set_float32_matmul_precision('highest')

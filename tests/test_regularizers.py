@@ -67,6 +67,14 @@ def test_non_contiguous_and_channels_last():
     reg().backward()
     assert torch.allclose(m.weight.grad, 2*m.weight) and rel(reg().detach(), sum(p.detach().double().square().sum() for p in m.parameters()))<1e-6
 
+def test_complex_arrays():
+    m = nn.Linear(3, 4, dtype=torch.complex64)
+    reg = L2Regularizer(m, .5)
+    want = sum(.5*(p.real.double()**2+p.imag.double()**2).sum() for p in m.parameters())
+    assert rel(reg().detach(), want.detach())<1e-6
+    reg().backward()
+    assert torch.allclose(m.weight.grad, m.weight)
+
 def test_frozen_arrays_are_left_alone():
     m = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     reg = AdaptiveL2Regularizer(m, .1)

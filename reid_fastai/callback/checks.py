@@ -15,6 +15,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastcore.all import *
+from pytorch_metric_learning.losses import BaseMetricLossFunction
 from torch import nn
 
 from .regularizer import _in_opt,check_opt
@@ -42,6 +43,8 @@ def check_loss(
     loss_func:callable # Loss function or module, called with (output, pid, camid)
 ):
     "Raise `ValueError` unless the loss takes output, identities and cameras"
+    if isinstance(loss_func, BaseMetricLossFunction):
+        raise ValueError(f'loss_func={type(loss_func).__name__}: it takes embeddings, but the output of a Re-ID network in training also has the logits of each branch. Pass `ReIDLoss(triplet=loss)`.')
     f = loss_func.forward if isinstance(loss_func, nn.Module) else loss_func
     try: signature(f, follow_wrapped=False).bind('out', 'pid', 'camid')  # fastai's losses show the signature of the PyTorch module inside
     except TypeError as e:
@@ -77,7 +80,7 @@ def warn_untrained(
     if learn.opt is None or not isinstance(loss, nn.Module): return
     own = {id(p) for p in loss.parameters() if p.requires_grad}
     if n := len(own-_in_opt(learn)):
-        warnings.warn(f'{type(loss).__name__} has {n} trainable parameter arrays that the optimizer does not have, so they keep their values. '
+        warnings.warn(f'{type(loss).__name__} has {n} trainable parameter arrays that the optimizer does not have. Unless another optimizer trains them, they keep their values. '
                       'Add them to the last group: `splitter=lambda m: [(g := reid_splitter(m))[0], [*g[1], *loss_func.parameters()]]`.')
 
 # %% ../../nbs/14a_callback.checks.ipynb #3975ec32

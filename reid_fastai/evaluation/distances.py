@@ -8,6 +8,8 @@ __all__ = ['TopK', 'as_feats', 'full_precision', 'check_metric', 'Distances', 't
 # %% ../../nbs/09_evaluation.distances.ipynb #d7f6ea49
 from collections import namedtuple
 from contextlib import contextmanager
+from functools import partial
+from threading import Lock
 
 import numpy as np
 import torch
@@ -35,20 +37,30 @@ def as_feats(
 # %% ../../nbs/09_evaluation.distances.ipynb #30de5e2c
 _multiple = 192 # rows; divisible by 8, 12, 16, 24, 48 and 64, the tile sizes of matrix products
 
+_lock,_users = Lock(),[]  # PyTorch's setting belongs to the process: the first of several threads sets it, and the last one restores it
+
+def _set_highest():
+    "Set the highest precision of products, and return a function that restores the present one"
+    try: restore = partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+    except RuntimeError:  # it was set with PyTorch's newer names
+        old = {o: o.fp32_precision for o in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)}
+        def restore():
+            for o,v in old.items(): o.fp32_precision = v
+    torch.set_float32_matmul_precision('highest')
+    return restore
+
 @contextmanager
 def full_precision(
     device:torch.device # Device of the products
 ):
     "Context in which products have the full precision of their dtype, whatever precision or autocast is set for training"
-    old,newer = None,{}
-    try: old = torch.get_float32_matmul_precision()
-    except RuntimeError: newer = {o: o.fp32_precision for o in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)}  # it was set with PyTorch's newer names
-    torch.set_float32_matmul_precision('highest')
+    with _lock: _users.append(_users[0] if _users else _set_highest())
     try:
         with torch.autocast(device.type, enabled=False): yield
     finally:
-        if old: torch.set_float32_matmul_precision(old)
-        for o,v in newer.items(): o.fp32_precision = v
+        with _lock:
+            restore = _users.pop()
+            if not _users: restore()
 
 def _product(a, b):
     "`a @ b.T` in full precision"
