@@ -13,10 +13,11 @@ import torch
 from fastai.callback.core import Callback, CancelValidException
 
 from reid_fastai.callback.regularizer import AdaptiveL2
-from reid_fastai.core import ReIDSplits, keep_freed_memory
+from reid_fastai.core import keep_freed_memory
 from reid_fastai.data import block
 from reid_fastai.data.block import ReIDDataLoaders
 from reid_fastai.data.datasets import read_dataset
+from reid_fastai.data.splits import ReIDSplits
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.learner import reid_learner
 

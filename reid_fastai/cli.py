@@ -29,6 +29,7 @@ from .config import *
 from .core import *
 from .data.block import check_workers
 from .data.datasets import *
+from .data.splits import check_search
 from .data.synthetic import *
 from .distributed import *
 from .evaluation.all import *

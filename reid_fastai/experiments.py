@@ -24,8 +24,9 @@ from scipy import stats
 from .callback.distributed import table_checksum
 from .callback.history import _penalised,plot_lambda_hist
 from .config import *
-from .core import DivergedError,ReIDSplits,check_int,check_share
+from .core import DivergedError,check_int,check_share
 from .data.holdout import *
+from .data.splits import ReIDSplits
 from .distributed import *
 from .files import *
 from .results import *

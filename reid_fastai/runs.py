@@ -31,6 +31,7 @@ from .data.block import *
 from .data.datasets import *
 from .data.holdout import *
 from .data.sampler import PKSampler,batch_part
+from .data.splits import *
 from .data.synthetic import *
 from .distributed import *
 from .evaluation.all import *

@@ -1,3 +1,4 @@
+from .splits import *
 from .datasets import *
 from .holdout import *
 from .synthetic import *

@@ -22,12 +22,13 @@ from fastai.torch_basics import DisplayedTransform
 from fastcore.all import *
 from torch.utils.data import get_worker_info
 
-from ..core import ReIDSplits,check_int,check_protocol,check_size,free_memory,progress,ranks
+from ..core import check_int,check_size,free_memory,progress,ranks
 from .augment import reid_augs
 from .datasets import read_dataset,read_numbers
 from .image import image_list,read_image
 from ..distributed import local_rank
 from .sampler import PKSampler,batch_part
+from .splits import ReIDSplits,check_protocol
 
 # %% ../../nbs/08_data.block.ipynb #bc5d7c6a
 def check_workers(

@@ -18,7 +18,8 @@ from fastcore.all import *
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..core import DISTRACTOR_PID,JUNK_PID,count_matches,progress,ranks
+from ..core import progress,ranks
+from ..data.splits import DISTRACTOR_PID,JUNK_PID,count_matches
 from ..distributed import join_parts,my_part
 from ..files import load_tensors,save_tensors
 from .distances import Distances,TopK,as_feats,topk_keys
