@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import reid_fastai.data.block as block
 from reid_fastai.data.augment import EraseEach, MirrorEach, PadCropEach, erase_boxes, reid_augs
 from reid_fastai.data.block import ReIDDataLoaders, read_image
+from reid_fastai.data.csv_files import read_numbers
 from reid_fastai.data.datasets import CUHK03, MSMT17, DukeMTMC, Market1501, detect_layout, layouts, read_dataset
 from reid_fastai.data.sampler import PKSampler, draws
 from reid_fastai.data.splits import DISTRACTOR_PID, JUNK_PID, ReIDSplits, check_protocol, count_matches
@@ -701,13 +702,13 @@ def read_dataset_csv(root, df):
 
 @pytest.mark.parametrize('pids,want', [(['1.0','0.0','-1.0'], [1,0,-1]), (['7','7.0','8'], [7,7,8]), (['07.0','7.0','8'], None), (['1.5','2.0','3.0'], None), (['-0','0','1'], [0,0,1])])
 def test_whole_floats_as_text_are_numbers(pids, want):
-    got = block.read_numbers(pd.DataFrame(dict(pid=pids))).pid.tolist()
+    got = read_numbers(pd.DataFrame(dict(pid=pids))).pid.tolist()
     assert got==(want or pids)
 
 @pytest.mark.parametrize('pids,said', [(['-1','anna','0.0','anna'], ['-1','0.0']), ([-1,'anna',5,5], ['-1']), (['07','7','0000','7'], ['0000']), ([1.5,-1.,2.,2.], ['-1.0'])])
 def test_a_name_that_looks_like_junk_or_a_distractor_is_said(pids, said):
     df = pd.DataFrame(dict(path=list('abcd'), pid=pids, camid=[1,2,1,2], split=['train','train','query','gallery']))
-    s = ReIDSplits(block.read_numbers(df), 'x')
+    s = ReIDSplits(read_numbers(df), 'x')
     notes = [o for o in s.notes if 'is a name here' in o]
     assert len(notes)==len(said) and all(any(repr(v) in n and ('junk' if '1' in v else 'distractor') in n for n in notes) for v in said), s.notes
     assert not any('is a name' in o for o in ReIDSplits(df.assign(pid=[-1,0,5,5]), 'x').notes)

@@ -1,4 +1,5 @@
 from .splits import *
+from .csv_files import *
 from .datasets import *
 from .holdout import *
 from .synthetic import *

@@ -24,7 +24,8 @@ from torch.utils.data import get_worker_info
 
 from ..core import check_int,check_size,free_memory,progress,ranks
 from .augment import reid_augs
-from .datasets import read_dataset,read_numbers
+from .csv_files import read_numbers
+from .datasets import read_dataset
 from .image import image_list,read_image
 from ..distributed import local_rank
 from .sampler import PKSampler,batch_part

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['Market1501', 'DukeMTMC', 'CUHK03', 'MSMT17', 'own_folders', 'layouts', 'ReIDLayout', 'FolderLayout', 'ListLayout',
-           'PidFolders', 'read_numbers', 'read_csv', 'detect_layout', 'read_dataset']
+           'PidFolders', 'detect_layout', 'read_dataset']
 
 # %% ../../nbs/04b_data.datasets.ipynb #b1d03ea9
-import io,os,re,warnings
-from contextlib import contextmanager
+import os,re
 from itertools import islice
 from pathlib import Path
 
@@ -16,15 +15,10 @@ import pandas as pd
 from fastai.data.transforms import image_extensions
 from fastcore.all import *
 from ..core import brief
+from .csv_files import _reading,read_csv
 from .splits import ReIDSplits
 
 # %% ../../nbs/04b_data.datasets.ipynb #9b3391d1
-@contextmanager
-def _reading(path):
-    "Turn an `OSError` on reading `path` into a one-line `ValueError`"
-    try: yield
-    except OSError as e: raise ValueError(f'{brief(e.filename or path, 140)} cannot be read: {e.strerror or e}.') from e
-
 def _candidates(path):
     "`path` and its subfolders; `ValueError` if `path` is not a folder"
     path = Path(os.path.expanduser(path))
@@ -235,60 +229,6 @@ class PidFolders(ReIDLayout):
 
 #: One folder of images per identity
 own_folders = PidFolders('Folders', {})
-
-# %% ../../nbs/04b_data.datasets.ipynb #fd4f3202
-def read_numbers(
-    df:pd.DataFrame # Table of images
-) -> pd.DataFrame: # Copy with numeric `pid` and `camid`, if all values of the column are whole numbers written as text
-    "Convert numbers written as text: '7' and '7.0' are numbers, unless the column also contains '07' or 'anna'"
-    def f(o):
-        s = o.str.strip().str.replace(r'^[+-]?\d+(\.\d*)?[eE][+-]?\d{1,2}$', lambda m: f'{float(m[0]):.0f}' if float(m[0])%1==0 else m[0], regex=True)
-        s = s.str.replace(r'\.0*$', '', regex=True).str.replace(r'^-(0+)$', r'\1', regex=True)
-        return s.astype('int64') if s.str.fullmatch(r'-?\d{1,18}').all() and s.nunique()==s.astype('int64').nunique() else o
-    if not isinstance(df, pd.DataFrame) or not len(df): return df  # `ReIDSplits` raises the error
-    return df.assign(**{c: f(df[c]) for c in ('pid','camid') if c in df and df[c].ndim==1 and df[c].map(type).eq(str).all()})
-
-# %% ../../nbs/04b_data.datasets.ipynb #37a97557
-_seps = {',':'commas', ';':'semicolons', '\t':'tabs', '|':'vertical bars'}
-_known = 'path','pid','camid','split'
-_blanks = 'na','n/a','nan','none','null','<na>','#n/a','#na','-nan'  # texts that programs write for missing values, but which can be names
-
-def _plain(column): return column.strip().strip('"').strip().lower()
-
-def _parse(text):
-    "Table of text columns read from `text`, and a list of its peculiarities"
-    head = re.split(r'[\r\n]', text.lstrip('\r\n'), maxsplit=1)[0]
-    sep = max(_seps, key=lambda o: len({*map(_plain, head.split(o))} & {*_known}))
-    columns = [o for o in head.split(sep) if _plain(o) in _known]
-    if twice := [o for o in _known if [*map(_plain, columns)].count(o)>1]: raise ValueError(f'the header has column {twice[0]!r} twice')
-    with warnings.catch_warnings():
-        warnings.simplefilter('error', pd.errors.ParserWarning)  # rows that are longer than the header
-        df = pd.read_csv(io.StringIO(text), sep=sep, dtype=str, skipinitialspace=True, index_col=False, keep_default_na=False)
-    df = df.rename(columns={o: _plain(o) for o in df if _plain(o) in _known})
-    for o in _known:
-        if o in df: df[o] = (s := df[o].str.strip()).mask(s=='')
-    odd = [f'{o!r} is `{_plain(o)}`' for o in (o.removeprefix('"').removesuffix('"') for o in columns) if o!=_plain(o)]
-    odd += [f'{n!r} in `{c}` is a name' for c in ('pid','camid') if c in df for n in sorted(o for o in set(df[c].dropna()) if o.lower() in _blanks)]
-    return df, ([f'columns are separated by {_seps[sep]}'] if sep!=',' else []) + odd
-
-def _read_table(path):
-    "Table in the CSV file `path`, and a list of its peculiarities"
-    with _reading(path): data = path.read_bytes()
-    if b'\0' in data: raise ValueError(f'{brief(path)} contains NUL bytes: it is not text, or text in UTF-16. Save the table as CSV in UTF-8.')
-    try: return _parse(data.decode('utf-8-sig'))
-    except UnicodeDecodeError as e: raise ValueError(f'{brief(path)} is not UTF-8 text: byte {e.start} is {data[e.start]:#x}. Save the table as CSV in UTF-8.') from e
-    except (ValueError, pd.errors.ParserWarning) as e: raise ValueError(f'{brief(path)} cannot be read as a table: {brief(e, 140)}.') from e
-
-def read_csv(
-    path:str|Path # CSV file with columns `path`, `pid`, `split` ('train', 'query' or 'gallery') and optionally `camid`
-) -> ReIDSplits: # Table with paths relative to the folder of the file
-    "Read a table of images from a CSV file"
-    df,odd = _read_table(path := Path(os.path.expanduser(path)))
-    res = ReIDSplits(read_numbers(df), str(path), path.parent, [f'{path.name}: {", ".join(odd)}.'] if odd else [])
-    res.name = path.stem
-    if gone := [o for o in res.df.path if not os.path.isfile(path.parent/o)]:
-        raise ValueError(f'{brief(path)}: {len(gone)} of {len(df)} images {"are not files" if os.path.exists(path.parent/gone[0]) else "do not exist"}, such as {brief(path.parent/gone[0])}. Paths are relative to the folder of the table.')
-    return res
 
 # %% ../../nbs/04b_data.datasets.ipynb #1d511013
 layouts = L(Market1501, DukeMTMC, MSMT17, CUHK03, own_folders)  # Layouts that `detect_layout` tries
