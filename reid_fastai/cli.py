@@ -27,8 +27,8 @@ from fastcore.all import *
 from .callback.evaluation import *
 from .config import *
 from .core import *
-from .data.block import check_workers
 from .data.datasets import *
+from .data.memory import check_workers
 from .data.splits import check_search
 from .data.synthetic import *
 from .distributed import *

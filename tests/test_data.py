@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import reid_fastai.data.block as block
+import reid_fastai.data.memory as memory
 from reid_fastai.data.augment import EraseEach, MirrorEach, PadCropEach, erase_boxes, reid_augs
 from reid_fastai.data.block import ReIDDataLoaders, read_image
 from reid_fastai.data.csv_files import read_numbers
@@ -525,7 +526,7 @@ def test_memory_and_files_agree(market, num_workers):
             for o,r in zip(p, q, strict=True): assert torch.equal(o, r) and type(o) is type(r)
 
 def test_too_large_for_memory(market, monkeypatch):
-    monkeypatch.setattr(block, 'free_memory', lambda: 100_000)
+    monkeypatch.setattr(memory, 'free_memory', lambda: 100_000)
     with pytest.warns(UserWarning, match='46 images of 32×16 need 0.0 GB'): d = make_dls(market, num_workers=0)
     assert d.train._columns() is not None and d.valid._columns() is None  # those of training do fit
     assert make_dls(market, in_memory=True).train._columns() is not None
@@ -649,7 +650,7 @@ def test_memory_is_not_pickled(dls):
 def test_memory_reads_each_file_once(market, monkeypatch):
     seen = []
     def read(o, size): seen.append(o); return read_image(o, size)
-    monkeypatch.setattr(block, 'read_image', read)
+    for o in (block, memory): monkeypatch.setattr(o, 'read_image', read)
     d = make_dls(market)
     for _ in range(2): list(d.train), list(d.valid)
     assert len(seen)==len(set(seen))==46 # 32 + 4 + 10; junk is not read
@@ -771,7 +772,7 @@ def test_one_image_by_two_spellings(plain, tmp_path):
 
 def test_what_cannot_be_evaluated_is_refused_before_an_image_is_decoded(plain, monkeypatch):
     root,df = plain
-    monkeypatch.setattr(block, 'read_image', lambda *a: pytest.fail('an image was decoded'))
+    for o in (block, memory): monkeypatch.setattr(o, 'read_image', lambda *a: pytest.fail('an image was decoded'))
     test = df.split!='train'
     for bad,words in ((df.assign(camid=1), ['camera 1']), (df.assign(pid=df.pid.where(df.split!='gallery', df.pid+10)), []),
                       (df.assign(camid=df.camid.where(~test, 5)), ['camera 5'])):
@@ -945,11 +946,11 @@ def test_list_that_is_no_text(tmp_path):
     dict(size=(64,32,3)), *({o: v} for o in ('steps','n_pids','n_imgs','val_bs') for v in (10**20, -1, 0, 2.5, float('nan'), '4')),
     *(dict(seed=v) for v in (10**20, -1, 2.5, '4', None)), *(dict(num_workers=v) for v in (-1, 10**20, 1.5))])
 def test_numbers_out_of_measure(kw, market, monkeypatch):
-    monkeypatch.setattr(block, 'read_image', lambda *a: pytest.fail('an image was decoded'))
+    for o in (block, memory): monkeypatch.setattr(o, 'read_image', lambda *a: pytest.fail('an image was decoded'))
     says(lambda: make_dls(market, **kw), f'{first(kw)}=', str(first(kw.values()))[:6])
 
 def test_size_that_does_not_fit_says_what_would(market, monkeypatch):
-    monkeypatch.setattr(block, 'free_memory', lambda: 10**9)
+    monkeypatch.setattr(memory, 'free_memory', lambda: 10**9)
     s = says(lambda: make_dls(market, size=(4000,2000)), 'size=(4000, 2000)', 'GB')
     h,w = map(int, s.split('about ')[1].split(' ')[0].split('×'))
     assert abs(h-2*w)<=2 and 500<h<4000

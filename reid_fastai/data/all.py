@@ -7,4 +7,5 @@ from .sampler import *
 from .augment import *
 from .image import *
 from .boxes import *
+from .memory import *
 from .block import *
