@@ -25,6 +25,7 @@ import torch
 from fastcore.all import *
 
 from .callback.evaluation import *
+from .comparison_results import *
 from .config import *
 from .core import *
 from .data.datasets import *

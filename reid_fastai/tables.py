@@ -14,6 +14,7 @@ import torch
 from fastcore.all import *
 from torch.utils.flop_counter import FlopCounterMode
 
+from .comparison_results import *
 from .config import *
 from .core import brief
 from .data.datasets import *

@@ -489,7 +489,7 @@ def test_plot_cmc(shown):
 def test_curves_of_arms_can_be_told_apart(shown):
     "Equal curves differ in colour and style, and their names stand apart at the end"
     import pandas as pd
-    from reid_fastai.experiments import plot_learning_curves, plot_strengths
+    from reid_fastai.comparison_results import plot_learning_curves, plot_strengths
     same = pd.DataFrame(dict(epoch=[1,2,3], train_loss=[3.,2.,1.]))
     ax = plot_learning_curves({a: [same, same] for a in ('none','conventional','adaptive','annealed')})
     assert len({o.get_linestyle() for o in ax.lines})==4 and len({o.get_color() for o in ax.lines})==4
