@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from pandas.testing import assert_frame_equal
 
+import reid_fastai.evaluation.counting as counting
 import reid_fastai.evaluation.distances as distances
 import reid_fastai.evaluation.metrics as metrics
 import reid_fastai.evaluation.rerank as rerank
@@ -78,8 +79,8 @@ def test_protocol(p, chunk, bins, block):
     ties = bool((p[0]==p[0].round()).all())
     metric = 'euclidean' if ties else ['cosine','euclidean'][chunk%2]
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(metrics, '_n_bins', bins)
-        m.setattr(metrics, '_block', block)
+        m.setattr(counting, '_n_bins', bins)
+        m.setattr(counting, '_block', block)
         want,_ = oracle(*p, metric)
         if not any(want):
             with pytest.raises(ValueError, match='empty' if (p[4]==-1).all() else 'has a match'): build(*p, metric=metric, chunk_size=chunk)

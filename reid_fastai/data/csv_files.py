@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
-from fastcore.all import *
 from ..core import brief
 from .splits import ReIDSplits
 
