@@ -15,7 +15,7 @@ from fastai.layers import ConvLayer
 from sklearn.datasets import load_digits
 
 from reid_fastai.callback.all import *
-from reid_fastai.experiments import markdown_table, paired_difference
+from reid_fastai.comparison_results import markdown_table, paired_difference
 
 steps_of_5 = [5.**i for i in range(-2, 4)]
 #: Regulariser -> (function that makes the callback, strengths)

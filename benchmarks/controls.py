@@ -16,9 +16,9 @@ from options import add_set, chosen, positive, setting
 from rows import Rows
 from reid_fastai.callback.regularizer import ConventionalL2
 from reid_fastai.callback.rotation import AutoL2, RotationControl
+from reid_fastai.comparison_results import markdown_table
 from reid_fastai.config import RunConfig
 from reid_fastai.core import keep_freed_memory
-from reid_fastai.experiments import markdown_table
 from reid_fastai.runs import fit_run, load_splits, make_learner, result_figures
 
 def radians(cfg, lam): return (2*cfg.lr*lam)**.5

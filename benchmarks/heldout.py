@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 
 from rows import Rows
 from reid_fastai.callback.evaluation import search
-from reid_fastai.experiments import markdown_table
+from reid_fastai.comparison_results import markdown_table
 from reid_fastai.export import load_embedder
 from reid_fastai.files import model_file, read_json
 from reid_fastai.runs import chosen_device, load_splits, result_figures, search_rows

@@ -12,9 +12,9 @@ import numpy as np, pandas as pd
 
 from options import add_set, chosen, positive, setting
 from reid_fastai.callback.evaluation import search
+from reid_fastai.comparison_results import markdown_table
 from reid_fastai.config import RunConfig
-from reid_fastai.core import DISTRACTOR_PID, ReIDSplits
-from reid_fastai.experiments import markdown_table
+from reid_fastai.data.splits import DISTRACTOR_PID, ReIDSplits
 from reid_fastai.export import Embedder
 from reid_fastai.files import atomic_write
 from reid_fastai.runs import build_net, load_splits, result_figures, search_rows, train_run

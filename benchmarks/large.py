@@ -13,10 +13,11 @@ import torch
 from fastai.callback.core import Callback, CancelValidException
 
 from reid_fastai.callback.regularizer import AdaptiveL2
-from reid_fastai.core import ReIDSplits, keep_freed_memory
-from reid_fastai.data import block
+from reid_fastai.core import keep_freed_memory
+from reid_fastai.data import memory
 from reid_fastai.data.block import ReIDDataLoaders
 from reid_fastai.data.datasets import read_dataset
+from reid_fastai.data.splits import ReIDSplits
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.learner import reid_learner
 
@@ -45,7 +46,7 @@ def main(a):
     limit = int(a.memory*1e9)
     keep_freed_memory()
     resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-    block.free_memory = lambda: max(0, limit-used())
+    memory.free_memory = lambda: max(0, limit-used())
     with tempfile.TemporaryDirectory() as d, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         splits = copies(a.images, Path(d))

@@ -19,13 +19,13 @@ from torch import nn
 
 from options import add_set, chosen, positive, setting
 from rows import Rows
+from reid_fastai.comparison_results import markdown_table
 from reid_fastai.config import RunConfig
 from reid_fastai.core import keep_freed_memory
 from reid_fastai.callback.evaluation import search
 from reid_fastai.callback.regularizer import L2Callback
 from reid_fastai.data.augment import EraseEach
 from reid_fastai.data.holdout import hold_out
-from reid_fastai.experiments import markdown_table
 from reid_fastai.losses import ReIDLoss
 from reid_fastai.models import ObjectiveHead, at_least_float32, global_average
 from reid_fastai.regularizers import THETA

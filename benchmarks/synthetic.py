@@ -7,8 +7,8 @@ from PIL import Image
 from fastcore.script import call_parse
 
 from reid_fastai.callback.evaluation import search
-from reid_fastai.core import JUNK_PID
 from reid_fastai.data.datasets import read_dataset
+from reid_fastai.data.splits import JUNK_PID
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.export import Embedder
 from reid_fastai.models import build_reid_net

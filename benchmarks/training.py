@@ -21,9 +21,10 @@ from torch import nn
 import memory
 from reid_fastai.callback.precision import ReIDPrecision, precisions
 from reid_fastai.callback.regularizer import AdaptiveL2
-from reid_fastai.core import JUNK_PID, keep_freed_memory
+from reid_fastai.core import keep_freed_memory
 from reid_fastai.data.block import ReIDDataLoaders
 from reid_fastai.data.datasets import read_dataset
+from reid_fastai.data.splits import JUNK_PID
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.learner import reid_learner
 from reid_fastai.losses import ReIDLoss

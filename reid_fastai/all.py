@@ -20,5 +20,6 @@ from .gallery import *
 from .config import *
 from .results import *
 from .runs import *
+from .comparison_results import *
 from .experiments import *
 from .tables import *

@@ -25,10 +25,12 @@ import torch
 from fastcore.all import *
 
 from .callback.evaluation import *
+from .comparison_results import *
 from .config import *
 from .core import *
-from .data.block import check_workers
 from .data.datasets import *
+from .data.memory import check_workers
+from .data.splits import check_search
 from .data.synthetic import *
 from .distributed import *
 from .evaluation.all import *

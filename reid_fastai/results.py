@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 from fastcore.all import *
 
 from .core import *
-from .data.datasets import *
+from .data.splits import *
 from .distributed import *
 from .evaluation.all import *
 from .files import *

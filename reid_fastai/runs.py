@@ -30,7 +30,9 @@ from .core import *
 from .data.block import *
 from .data.datasets import *
 from .data.holdout import *
+from .data.memory import decode_all
 from .data.sampler import PKSampler,batch_part
+from .data.splits import *
 from .data.synthetic import *
 from .distributed import *
 from .evaluation.all import *

@@ -14,9 +14,11 @@ import torch
 from fastcore.all import *
 from torch.utils.flop_counter import FlopCounterMode
 
+from .comparison_results import *
 from .config import *
-from .core import ReIDSplits,brief
+from .core import brief
 from .data.datasets import *
+from .data.splits import ReIDSplits
 from .distributed import by_leader,told
 from .experiments import *
 from .files import *

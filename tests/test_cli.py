@@ -8,12 +8,13 @@ from PIL import Image
 
 from reid_fastai import cli, cli_export, cli_search, interpret, results, runs
 from reid_fastai.cli import *
+from reid_fastai.comparison_results import comparison_table, plot_strengths
 from reid_fastai.config import RunConfig
 from reid_fastai.core import DivergedError
 from reid_fastai.data.datasets import read_dataset
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.evaluation.verification import read_verification
-from reid_fastai.experiments import Comparison, comparison_table, plot_strengths
+from reid_fastai.experiments import Comparison
 from reid_fastai.export import save_model
 from reid_fastai.files import read_json, write_json
 from reid_fastai.models import build_reid_net

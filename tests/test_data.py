@@ -16,11 +16,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import reid_fastai.data.block as block
-from reid_fastai.core import DISTRACTOR_PID, JUNK_PID
+import reid_fastai.data.memory as memory
 from reid_fastai.data.augment import EraseEach, MirrorEach, PadCropEach, erase_boxes, reid_augs
 from reid_fastai.data.block import ReIDDataLoaders, read_image
+from reid_fastai.data.csv_files import read_numbers
 from reid_fastai.data.datasets import CUHK03, MSMT17, DukeMTMC, Market1501, detect_layout, layouts, read_dataset
 from reid_fastai.data.sampler import PKSampler, draws
+from reid_fastai.data.splits import DISTRACTOR_PID, JUNK_PID, ReIDSplits, check_protocol, count_matches
 
 KW = dict(size=(32,16), n_pids=4, n_imgs=3, val_bs=5)
 
@@ -231,7 +233,6 @@ def test_held_out_without_cameras(tmp_path):
 
 def test_identity_0_and_single_images_when_holding_out():
     "Training may have an identity 0, which stays; a query needs a second image of its camera"
-    from reid_fastai.core import ReIDSplits
     from reid_fastai.data.holdout import hold_out
     rows = [(f'{p}-{c}-{i}.jpg', p, c, 'train') for p in range(6) for c in (1,2) for i in range(2)]
     table = lambda rows: ReIDSplits(pd.DataFrame(rows+[('q.jpg', 9, 1, 'query'), ('g.jpg', 9, 2, 'gallery')], columns=['path','pid','camid','split']))
@@ -525,7 +526,7 @@ def test_memory_and_files_agree(market, num_workers):
             for o,r in zip(p, q, strict=True): assert torch.equal(o, r) and type(o) is type(r)
 
 def test_too_large_for_memory(market, monkeypatch):
-    monkeypatch.setattr(block, 'free_memory', lambda: 100_000)
+    monkeypatch.setattr(memory, 'free_memory', lambda: 100_000)
     with pytest.warns(UserWarning, match='46 images of 32×16 need 0.0 GB'): d = make_dls(market, num_workers=0)
     assert d.train._columns() is not None and d.valid._columns() is None  # those of training do fit
     assert make_dls(market, in_memory=True).train._columns() is not None
@@ -649,7 +650,7 @@ def test_memory_is_not_pickled(dls):
 def test_memory_reads_each_file_once(market, monkeypatch):
     seen = []
     def read(o, size): seen.append(o); return read_image(o, size)
-    monkeypatch.setattr(block, 'read_image', read)
+    for o in (block, memory): monkeypatch.setattr(o, 'read_image', read)
     d = make_dls(market)
     for _ in range(2): list(d.train), list(d.valid)
     assert len(seen)==len(set(seen))==46 # 32 + 4 + 10; junk is not read
@@ -702,16 +703,16 @@ def read_dataset_csv(root, df):
 
 @pytest.mark.parametrize('pids,want', [(['1.0','0.0','-1.0'], [1,0,-1]), (['7','7.0','8'], [7,7,8]), (['07.0','7.0','8'], None), (['1.5','2.0','3.0'], None), (['-0','0','1'], [0,0,1])])
 def test_whole_floats_as_text_are_numbers(pids, want):
-    got = block.read_numbers(pd.DataFrame(dict(pid=pids))).pid.tolist()
+    got = read_numbers(pd.DataFrame(dict(pid=pids))).pid.tolist()
     assert got==(want or pids)
 
 @pytest.mark.parametrize('pids,said', [(['-1','anna','0.0','anna'], ['-1','0.0']), ([-1,'anna',5,5], ['-1']), (['07','7','0000','7'], ['0000']), ([1.5,-1.,2.,2.], ['-1.0'])])
 def test_a_name_that_looks_like_junk_or_a_distractor_is_said(pids, said):
     df = pd.DataFrame(dict(path=list('abcd'), pid=pids, camid=[1,2,1,2], split=['train','train','query','gallery']))
-    s = block.ReIDSplits(block.read_numbers(df), 'x')
+    s = ReIDSplits(read_numbers(df), 'x')
     notes = [o for o in s.notes if 'is a name here' in o]
     assert len(notes)==len(said) and all(any(repr(v) in n and ('junk' if '1' in v else 'distractor') in n for n in notes) for v in said), s.notes
-    assert not any('is a name' in o for o in block.ReIDSplits(df.assign(pid=[-1,0,5,5]), 'x').notes)
+    assert not any('is a name' in o for o in ReIDSplits(df.assign(pid=[-1,0,5,5]), 'x').notes)
 
 def test_a_number_too_long(plain, tmp_path):
     root,df = plain
@@ -767,26 +768,24 @@ def test_one_image_by_two_spellings(plain, tmp_path):
         says(lambda: f(pd.concat([df, extra.assign(split='gallery')])), 'images both in `train` and in a test split: 1', df.path[0])
         says(lambda: f(pd.concat([df, extra.assign(pid=2)])), 'listed with 2 identities')
     for o in (f'./{df.path[0]}', f'sub/../{df.path[0]}'): # without files, too
-        says(lambda: block.ReIDSplits(pd.concat([df, df[:1].assign(path=o)]), 'x', '/nowhere'), 'listed twice')
+        says(lambda: ReIDSplits(pd.concat([df, df[:1].assign(path=o)]), 'x', '/nowhere'), 'listed twice')
 
 def test_what_cannot_be_evaluated_is_refused_before_an_image_is_decoded(plain, monkeypatch):
-    from reid_fastai.core import check_protocol
     root,df = plain
-    monkeypatch.setattr(block, 'read_image', lambda *a: pytest.fail('an image was decoded'))
+    for o in (block, memory): monkeypatch.setattr(o, 'read_image', lambda *a: pytest.fail('an image was decoded'))
     test = df.split!='train'
     for bad,words in ((df.assign(camid=1), ['camera 1']), (df.assign(pid=df.pid.where(df.split!='gallery', df.pid+10)), []),
                       (df.assign(camid=df.camid.where(~test, 5)), ['camera 5'])):
         says(lambda: ReIDDataLoaders.from_df(bad, root, **KW), 'no query has a match', *words)
-        says(lambda: check_protocol(block.ReIDSplits(bad, 'mine', root)), 'mine', 'no query has a match', *words)
-    check_protocol(block.ReIDSplits(df, 'mine', root))
-    check_protocol(block.ReIDSplits(df.assign(pid=df.pid.where(df.index!=df.index[df.split=='query'][0], 99)), 'mine', root)) # one of two has none: it will be skipped
-    says(lambda: check_protocol(block.ReIDSplits(df[df.split!='query'], 'mine', root)), 'no images for `query`')
+        says(lambda: check_protocol(ReIDSplits(bad, 'mine', root)), 'mine', 'no query has a match', *words)
+    check_protocol(ReIDSplits(df, 'mine', root))
+    check_protocol(ReIDSplits(df.assign(pid=df.pid.where(df.index!=df.index[df.split=='query'][0], 99)), 'mine', root)) # one of two has none: it will be skipped
+    says(lambda: check_protocol(ReIDSplits(df[df.split!='query'], 'mine', root)), 'no images for `query`')
 
 labels = st.lists(st.tuples(st.integers(-1,3), st.integers(0,2)), min_size=1, max_size=12)
 @settings(deadline=None)
 @given(labels, labels)
 def test_matches_are_those_of_the_definition(q, g):
-    from reid_fastai.core import count_matches
     f = lambda o: pd.DataFrame(o, columns=['pid','camid'])
     assert count_matches(f(q), f(g)).tolist()==[sum(a==p and p>0 and b!=c for a,b in g) for p,c in q]
 
@@ -947,11 +946,11 @@ def test_list_that_is_no_text(tmp_path):
     dict(size=(64,32,3)), *({o: v} for o in ('steps','n_pids','n_imgs','val_bs') for v in (10**20, -1, 0, 2.5, float('nan'), '4')),
     *(dict(seed=v) for v in (10**20, -1, 2.5, '4', None)), *(dict(num_workers=v) for v in (-1, 10**20, 1.5))])
 def test_numbers_out_of_measure(kw, market, monkeypatch):
-    monkeypatch.setattr(block, 'read_image', lambda *a: pytest.fail('an image was decoded'))
+    for o in (block, memory): monkeypatch.setattr(o, 'read_image', lambda *a: pytest.fail('an image was decoded'))
     says(lambda: make_dls(market, **kw), f'{first(kw)}=', str(first(kw.values()))[:6])
 
 def test_size_that_does_not_fit_says_what_would(market, monkeypatch):
-    monkeypatch.setattr(block, 'free_memory', lambda: 10**9)
+    monkeypatch.setattr(memory, 'free_memory', lambda: 10**9)
     s = says(lambda: make_dls(market, size=(4000,2000)), 'size=(4000, 2000)', 'GB')
     h,w = map(int, s.split('about ')[1].split(' ')[0].split('×'))
     assert abs(h-2*w)<=2 and 500<h<4000
@@ -965,10 +964,9 @@ def test_path_is_where_a_learner_keeps_its_files(market, tmp_path):
     assert ReIDDataLoaders.from_splits(read_dataset(market), path=tmp_path, **KW).path==tmp_path
 
 def test_messages_stay_short_whatever_they_quote():
-    from reid_fastai.core import check_protocol
     long = lambda o: o*250
     df = pd.DataFrame(dict(path=[long(o) for o in 'abcdef'], pid=[long(o) for o in 'uuvvww'], camid=[long(o) for o in 'xyxyxy'], split=['train','train','query','gallery','gallery','gallery']))
-    f = lambda df: check_protocol(block.ReIDSplits(df, '/data/'+long('name '), '/data/'+long('root ')))
+    f = lambda df: check_protocol(ReIDSplits(df, '/data/'+long('name '), '/data/'+long('root ')))
     f(df)
     again = df[:1].assign(path='./'+df.path[0])
     for bad,word in ((df.assign(pid=[long(o) for o in 'uuvwws']), 'no query'), (df.assign(camid='x'), 'camera 1'), (pd.concat([df, again]), 'listed twice'), (pd.concat([df, again.assign(pid='b')]), '2 identities'),

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from pandas.testing import assert_frame_equal
 
+import reid_fastai.evaluation.counting as counting
 import reid_fastai.evaluation.distances as distances
 import reid_fastai.evaluation.metrics as metrics
 import reid_fastai.evaluation.rerank as rerank
@@ -78,8 +79,8 @@ def test_protocol(p, chunk, bins, block):
     ties = bool((p[0]==p[0].round()).all())
     metric = 'euclidean' if ties else ['cosine','euclidean'][chunk%2]
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(metrics, '_n_bins', bins)
-        m.setattr(metrics, '_block', block)
+        m.setattr(counting, '_n_bins', bins)
+        m.setattr(counting, '_block', block)
         want,_ = oracle(*p, metric)
         if not any(want):
             with pytest.raises(ValueError, match='empty' if (p[4]==-1).all() else 'has a match'): build(*p, metric=metric, chunk_size=chunk)
@@ -499,7 +500,7 @@ def test_plot_cmc(shown):
 def test_curves_of_arms_can_be_told_apart(shown):
     "Equal curves differ in colour and style, and their names stand apart at the end"
     import pandas as pd
-    from reid_fastai.experiments import plot_learning_curves, plot_strengths
+    from reid_fastai.comparison_results import plot_learning_curves, plot_strengths
     same = pd.DataFrame(dict(epoch=[1,2,3], train_loss=[3.,2.,1.]))
     ax = plot_learning_curves({a: [same, same] for a in ('none','conventional','adaptive','annealed')})
     assert len({o.get_linestyle() for o in ax.lines})==4 and len({o.get_color() for o in ax.lines})==4

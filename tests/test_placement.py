@@ -4,9 +4,9 @@ from types import SimpleNamespace
 import pytest, torch
 from PIL import Image
 
-from reid_fastai.data import block
-from reid_fastai.data.block import ImageMemory
+from reid_fastai.data import block, memory
 from reid_fastai.data.datasets import read_dataset
+from reid_fastai.data.memory import ImageMemory
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.test_utils import tiny_dls
 from pretend_gpu import pretend_gpu
@@ -17,21 +17,21 @@ GB,gpu,cpu = 10**9,torch.device('cuda'),torch.device('cpu')
     (gpu, 80, 8, 32_621, 126_441, ('all',gpu)), (gpu, 24, 8, 32_621, 126_441, ('train',gpu)), (gpu, 8, 64, 32_621, 126_441, ('all','cpu')),
     (cpu, 0, 8, 32_621, 126_441, ('none',None)), (cpu, 0, 12, 32_621, 126_441, ('train','cpu')), (cpu, 0, 64, 32_621, 126_441, ('all','cpu'))])
 def test_msmt17_at_384x128(device, vram, ram, n_train, n, expect, monkeypatch, recwarn):
-    monkeypatch.setattr(block, '_free', lambda: ram*GB)
-    monkeypatch.setattr(block, '_free_on', lambda d: vram*GB)
-    assert block._place(n_train, n, (384,128), device)==(dict(all=n, train=n_train, none=0)[expect[0]], expect[1])
+    monkeypatch.setattr(memory, '_free', lambda: ram*GB)
+    monkeypatch.setattr(memory, '_free_on', lambda d: vram*GB)
+    assert memory._place(n_train, n, (384,128), device)==(dict(all=n, train=n_train, none=0)[expect[0]], expect[1])
     assert len(recwarn)==(expect[0]!='all')
 
 def test_processes_on_one_machine_share_its_memory(monkeypatch):
     "Each of 4 has a quarter of it; a GPU belongs to one process"
-    monkeypatch.setattr(block, 'free_memory', lambda: 64*GB)
-    assert block._place(32_621, 126_441, (384,128), cpu)==(126_441,'cpu')
+    monkeypatch.setattr(memory, 'free_memory', lambda: 64*GB)
+    assert memory._place(32_621, 126_441, (384,128), cpu)==(126_441,'cpu')
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
     with pytest.warns(UserWarning, match='need 18.6 GB; images may use half of the 16.0 GB that are free for each of 4 processes: training images'):
-        assert block._place(32_621, 126_441, (384,128), cpu)==(32_621,'cpu')
-    with pytest.raises(ValueError, match='takes 18.6 GB, and 16 GB are free for each of 4 processes. Images of about'): block._check_memory('in_memory=True', 126_441, (384,128), 3, 'or not')
-    monkeypatch.setattr(block, '_free_on', lambda d: 80*GB)
-    assert block._place(32_621, 126_441, (384,128), gpu)==(126_441,gpu)
+        assert memory._place(32_621, 126_441, (384,128), cpu)==(32_621,'cpu')
+    with pytest.raises(ValueError, match='takes 18.6 GB, and 16 GB are free for each of 4 processes. Images of about'): memory._check_memory('in_memory=True', 126_441, (384,128), 3, 'or not')
+    monkeypatch.setattr(memory, '_free_on', lambda d: 80*GB)
+    assert memory._place(32_621, 126_441, (384,128), gpu)==(126_441,gpu)
 
 def paths(n=6):
     s = read_dataset(make_synthetic(tiny=True))
@@ -65,7 +65,7 @@ def test_loader_processes_do_not_read_a_gpu(monkeypatch, tmp_path):
     Image.new('RGB', (8,8)).save(tmp_path/'a.png')
     mem = ImageMemory([str(tmp_path/'a.png')], (32,32))
     assert mem.rows([str(tmp_path/'a.png')]).tolist()==[0]
-    monkeypatch.setattr(block, 'get_worker_info', lambda: True)
+    monkeypatch.setattr(memory, 'get_worker_info', lambda: True)
     assert mem.rows([str(tmp_path/'a.png')]).tolist()==[0]
     mem.x = SimpleNamespace(device=torch.device('cuda'))
     assert mem.rows([str(tmp_path/'a.png')]) is None

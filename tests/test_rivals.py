@@ -197,10 +197,11 @@ def test_no_message_offers_what_is_refused(make):
 
 def test_runs_of_all_arms(tmp_path, interrupted):
     "Each regulariser that a command offers changes the training, leaves the same history, and an interrupted run gives the same digits"
+    from reid_fastai.comparison_results import ALL_ARMS
     from reid_fastai.config import RunConfig
     from reid_fastai.data.datasets import read_dataset
     from reid_fastai.data.synthetic import make_synthetic
-    from reid_fastai.experiments import ALL_ARMS, GRIDS
+    from reid_fastai.experiments import GRIDS
     from reid_fastai.runs import train_run
     splits = read_dataset(make_synthetic(tiny=True))
     base = RunConfig(str(splits.root), arch='test_resnet', pretrained='none', size='64x32', n_pids=4, n_imgs=2, steps=2, epochs=2, lr=1e-2, l2='none')

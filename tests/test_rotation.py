@@ -364,7 +364,7 @@ def test_a_history_without_angles():
     with pytest.raises(ValueError, match='older version'): plot_angles(h.drop(columns=['angle','rotates']))
 
 def test_figures_of_lambda_leave_out_what_turns():
-    from reid_fastai.experiments import plot_mean_lambda
+    from reid_fastai.comparison_results import plot_mean_lambda
     learn = fit(learner(AutoL2(.1, .1)), 2, 'fit', 1e-2)
     h = learn.auto_l2.history
     free = h[~h.rotates]

@@ -1,3 +1,5 @@
+from .splits import *
+from .csv_files import *
 from .datasets import *
 from .holdout import *
 from .synthetic import *
@@ -5,4 +7,5 @@ from .sampler import *
 from .augment import *
 from .image import *
 from .boxes import *
+from .memory import *
 from .block import *

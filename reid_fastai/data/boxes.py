@@ -6,7 +6,7 @@
 __all__ = ['column_values', 'check_box', 'check_boxes', 'crop_boxes', 'read_boxes']
 
 # %% ../../nbs/07b_data.boxes.ipynb #f2aced84
-import os,re
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pandas as pd
 from fastcore.all import *
 from PIL import Image
 from ..core import brief
-from .datasets import _blanks,_plain,_read_table
+from .csv_files import _blanks,_plain,_read_table,_whole
 from .image import open_image
 from ..files import read_bytes
 
@@ -23,11 +23,6 @@ from ..files import read_bytes
 _box = 'x1','y1','x2','y2'
 _floats = (*_box,'time')
 _columns = ('path',*_floats,'camid','pid')
-
-def _whole(texts):
-    "'7' for '7.0', if all of `texts` that are known are whole numbers"
-    found = [o and re.fullmatch(r'(-?\d+)(\.0*)?', o) for o in texts]
-    return [m and m[1] for m in found] if all(o is None or m for o,m in zip(texts, found)) else texts
 
 def column_values(
     name:str, # One of path, x1, y1, x2, y2, time, camid and pid
@@ -108,9 +103,8 @@ def read_boxes(
         raise ValueError(f'{brief(path, 110)}: column{"s"*(len(missing)>1)} {", ".join(missing)} missing; path, all or none of x1, y1, x2, y2, and, if known, time, camid, pid are needed. Found: {brief(", ".join(map(str, df)), 60)}.')
     if not len(df): raise ValueError(f'{brief(path, 120)} has no rows, so there are no images.')
     def known(o): return (s := df[o].str.strip()).mask((s=='') | s.str.lower().isin(_blanks) & (o!='path'))  # programs write NA and the like for missing values
-    try: cols = {o: column_values(o, known(o), len(df), 'row') for o in _columns if o in df}
+    try: cols = {o: column_values(o, _whole(known(o)) if o=='pid' else known(o), len(df), 'row') for o in _columns if o in df}
     except ValueError as e: raise ValueError(f'{brief(path, 110)}: {e}') from e
-    if 'pid' in cols: cols['pid'] = _whole(cols['pid'])
     if (gap := first(i for i in range(len(df)) if any(cols[o][i] is None for o in needed))) is not None:
         raise ValueError(f'{brief(path, 120)}: row {gap+1} has no {first(o for o in needed if cols[o][gap] is None)}. Fill it in, or leave the row out.')
     root = os.path.abspath(ifnone(root, path.parent))

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image,ImageFilter
 from fastcore.all import *
 
-from ..core import DISTRACTOR_PID,JUNK_PID,progress
+from ..core import progress
+from .splits import DISTRACTOR_PID,JUNK_PID
 from ..files import atomic_dir,cache_home
 
 # %% ../../nbs/05_data.synthetic.ipynb #80b1960f

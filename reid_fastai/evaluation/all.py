@@ -1,4 +1,5 @@
 from .distances import *
+from .counting import *
 from .metrics import *
 from .nearest import *
 from .pairs import *

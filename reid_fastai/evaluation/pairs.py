@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from fastcore.all import *
 
-from ..core import DISTRACTOR_PID,JUNK_PID,progress
+from ..core import progress
+from ..data.splits import DISTRACTOR_PID,JUNK_PID
 from ..distributed import join_parts,my_part
 from .metrics import RetrievalResults
 

@@ -13,8 +13,9 @@ from scipy import sparse
 from torch import Tensor
 
 from ..core import free_memory,progress
+from .counting import _one_thread
 from .distances import Distances,_multiple,_product,topk_keys
-from .metrics import RetrievalResults,_one_thread,_readers
+from .metrics import RetrievalResults,_readers
 
 # %% ../../nbs/11_evaluation.rerank.ipynb #d49398eb
 class _Nearest:

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from fastcore.all import *
 
-from ..core import DISTRACTOR_PID,progress
+from ..core import progress
+from ..data.splits import DISTRACTOR_PID
 from ..files import atomic_write,checksum,model_file,read_bytes,read_json,write_json
 from .metrics import RetrievalResults
 from .pairs import Pairs
