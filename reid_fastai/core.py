@@ -8,7 +8,7 @@ __all__ = ['RIGHT', 'WRONG', 'ranks', 'brief', 'check_int', 'check_share', 'chec
            'DivergedError', 'PlainErrors', 'Attached']
 
 # %% ../nbs/00_core.ipynb #6138b7d1
-import ctypes,os,re,sys
+import ctypes,os,re,sys,warnings
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
@@ -177,7 +177,10 @@ class Attached:
     def learn(self): return self._learn
     @learn.setter
     def learn(self, learn):
-        if learn is None: self._detach()
-        else: self._attach(learn)
+        if learn is None: return self._detach()
+        if (former := self._learn) is not None and former is not learn:
+            warnings.warn(f'{self} belonged to another Learner, which has lost it now and would train without it. Make a callback for each Learner.')
+            former.remove_cb(self)
+        self._attach(learn)
     def _attach(self, learn): "A learner gets the callback; override it to do more"; self._learn = learn
     def _detach(self): "The learner loses the callback; override it to do more"; self._learn = None

@@ -135,6 +135,19 @@ def test_removal_leaves_the_learner_as_it_was():
     learn.add_cb(AdaptiveL2(.1)); learn.remove_cb(AdaptiveL2)
     assert before==(learn.opt_func,learn.splitter,len(learn.metrics))
 
+@pytest.mark.parametrize('cb', [ConventionalL2(.5), AdaptiveL2(), AutoL2(), RotationControl()])
+def test_a_callback_belongs_to_one_learner(cb):
+    "A learner that has lost it must not report its penalty"
+    a = learner(cb)
+    with pytest.warns(UserWarning, match='belonged to another Learner'): b = learner(cb)
+    assert cb not in a.cbs and cb in b.cbs and cb.learn is b and not a.metrics
+    with a.no_bar(): a.fit(1)
+    with warnings.catch_warnings(), b.no_bar():
+        warnings.simplefilter('error')
+        b.fit(1)
+        copy = deepcopy(b)
+    assert copy.cbs[-1] is not cb
+
 @pytest.mark.parametrize('cbs', [lambda: [RotationControl(.1), AdaptiveL2(.1)], lambda: [AdaptiveL2(.1), RotationControl(.1)], lambda: [ConventionalL2()], lambda: [AdaptiveL2(.1)], lambda: [AutoL2()]])
 @pytest.mark.parametrize('opt_func', [Adam, partial(OptimWrapper, opt=torch.optim.AdamW)])
 @pytest.mark.parametrize('before', [0, 1])

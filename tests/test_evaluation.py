@@ -1,5 +1,5 @@
 "The evaluation modules against slow loops written from the protocol's words, over ties, junk, distractors, dtypes and layouts."
-import os
+import os, warnings
 
 import numpy as np
 import pytest
@@ -267,6 +267,19 @@ def test_features_that_are_not_numbers():
     "A comparison of regularisers has to know that the training diverged"
     from reid_fastai.core import DivergedError
     with pytest.raises(DivergedError, match='1 of 2 rows contain NaN'): distances.as_feats(torch.tensor([[1.,2.],[float('nan'),0.]]))
+
+def test_unknown_cameras():
+    q,g = np.float32([[1,0]]),np.float32([[1,0],[.9,.1],[0,1]])
+    with pytest.warns(UserWarning, match='2 gallery images have camera -1'): assert build(q, [1], [-1], g, [1,1,2], [-1,2,-1]).n_matches.tolist()==[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert build(q, [1], None, g, [1,1,2], None).n_matches.tolist()==[2]
+        assert build(q, [1], [-1], g, [1,1,2], [-1,-2,-3]).n_matches.tolist()==[1]  # the query itself is in the gallery
+    with pytest.raises(ValueError, match='Only one of'): build(q, [1], [0], g, [1,1,2], None)
+
+def test_labels_beyond_int64():
+    p = args(q_pids=np.array([2**64-1,1,2], 'uint64'))
+    with pytest.raises(ValueError, match='label 18446744073709551615'): build(**p)
 
 def test_threads_share_the_precision():
     "PyTorch's setting belongs to the process: the last thread restores what was set before the first"

@@ -16,10 +16,10 @@ from fastai.data.block import DataBlock,TransformBlock
 from fastai.data.core import DataLoaders,TfmdDL,test_set
 from fastai.data.transforms import Categorize,Category,ColReader,IndexSplitter,IntToFloatTensor,ToTensor
 from fastai.torch_core import TensorCategory,TensorImage,default_device,num_distrib,to_detach
-from fastai.torch_basics import DisplayedTransform
+from fastai.torch_basics import DisplayedTransform,Transform
 from fastcore.all import *
 
-from ..core import check_int,check_size,ranks
+from ..core import brief,check_int,check_size,ranks
 from .augment import reid_augs
 from .csv_files import read_numbers
 from .datasets import read_dataset
@@ -198,6 +198,12 @@ def _own_gpu(device):
     if device is not None or 'LOCAL_RANK' not in os.environ or default_device().type!='cuda': return device
     return torch.device('cuda', min(local_rank(), torch.cuda.device_count()-1))  # `distrib_ctx` reports that there are too few
 
+def _check_tfms(batch_tfms):
+    "Raise `ValueError` for a function or module that would change identities and cameras, not only images"
+    if odd := first(f for f in L(batch_tfms) if not (isinstance(f, Transform) or isinstance(f, type) and issubclass(f, Transform))):
+        raise ValueError(f'batch_tfms: {brief(odd, 60)} would also be applied to identities and cameras. Write a fastai transform for images: '
+                         '`class Mine(Transform):` with `def encodes(self, x:TensorImage): return ...`.')
+
 @patch(cls_method=True)
 def from_splits(cls:ReIDDataLoaders,
     splits:ReIDSplits, # Table of the images
@@ -216,6 +222,7 @@ def from_splits(cls:ReIDDataLoaders,
     "Make loaders from `splits`"
     size,val_bs = check_size(size),check_int('val_bs', val_bs, 1, 10**6)
     check_workers('num_workers', num_workers)
+    _check_tfms(batch_tfms)
     check_protocol(splits)
     train_df,test_df = splits.real('train'),splits.real('query', 'gallery')
     sampler = PKSampler(train_df.pid, n_pids, n_imgs, steps, seed)

@@ -37,6 +37,7 @@ def _labels(x, n, name):
         if n and float(abs(x).max())>(most := 2**(np.finfo(x.dtype).nmant+1)): raise ValueError(f'{name}: labels above {most:,}, where {x.dtype} skips whole numbers. Pass them as integers or strings.')
         x = x.astype(np.int64)
     if x.dtype.kind not in 'iuU': raise ValueError(f'{name}: dtype {x.dtype}; labels are integers or strings.')
+    if x.dtype.kind=='u' and n and x.max()>=2**63: raise ValueError(f'{name}: label {x.max()} is above 2⁶³ − 1. Pass such labels as strings.')
     return x if x.dtype.kind=='U' else x.astype(np.int64)
 
 def _codes(q, g, name):
@@ -118,21 +119,35 @@ def _count(self:RetrievalResults):
 @patch(as_prop=True)
 def _q_of_rank(self:RetrievalResults): return np.repeat(np.arange(len(self)), self.n_matches)
 
+def _own_cameras(q_camids, g_camids, n, m):
+    "A camera of its own for each of `n` queries and `m` gallery images, if both arguments are None"
+    if (q_camids is None)!=(g_camids is None): raise ValueError('Only one of q_camids and g_camids is None. Give both, or None for both if the cameras are unknown.')
+    return (q_camids,g_camids) if q_camids is not None else (-1-np.arange(n),-1-n-np.arange(m))
+
+def _warn_unknown(q_camids, g_camids):
+    "Warn of a negative camera that several gallery images share with a query"
+    if q_camids.dtype.kind=='U' or g_camids.dtype.kind=='U': return
+    cams,n = np.unique(g_camids[(g_camids<0) & np.isin(g_camids, q_camids)], return_counts=True)
+    if (n>1).any(): warnings.warn(f'{n.max()} gallery images have camera {cams[n.argmax()]}, and count as images of one camera: those of the identity of a query from it are ignored. '
+                                  'If the number stands for an unknown camera, give each of these images a negative number of its own; if all cameras are unknown, pass None.')
+
 @patch(cls_method=True)
 def from_embeddings(cls:RetrievalResults,
-    q_feats:Tensor|np.ndarray, # (n, d) features of the queries, float16 to float64, on any device
+    q_feats:Tensor|np.ndarray, # (n, d) features of the queries, float16 to float64, on any device; they are not copied
     q_pids:Tensor|np.ndarray|list, # (n,) identities of the queries, integers or strings
-    q_camids:Tensor|np.ndarray|list, # (n,) cameras of the queries
+    q_camids:Tensor|np.ndarray|list|None, # (n,) cameras of the queries; None if the cameras of queries and gallery are unknown
     g_feats:Tensor|np.ndarray, # (m, d) features of the gallery
     g_pids:Tensor|np.ndarray|list, # (m,) identities of the gallery; -1 is junk, 0 a distractor
-    g_camids:Tensor|np.ndarray|list, # (m,) cameras of the gallery
+    g_camids:Tensor|np.ndarray|list|None, # (m,) cameras of the gallery; None if they are unknown, and then no image is ignored
     metric:str='cosine', # 'cosine' or 'euclidean'
     chunk_size:int=576 # Queries per block; affects memory and time, not results
 ) -> RetrievalResults: # Results with the ranks of all matches
     "Rank the gallery for each query"
     q_feats,g_feats = as_feats(q_feats, 'q_feats'),as_feats(g_feats, 'g_feats')
+    q_camids,g_camids = _own_cameras(q_camids, g_camids, len(q_feats), len(g_feats))
     q_pids,q_camids = (_labels(o, len(q_feats), n) for o,n in ((q_pids,'q_pids'), (q_camids,'q_camids')))
     g_pids,g_camids = (_labels(o, len(g_feats), n) for o,n in ((g_pids,'g_pids'), (g_camids,'g_camids')))
+    _warn_unknown(q_camids, g_camids)
     keep = _not_junk(g_pids)
     if not len(keep): raise ValueError(f'The gallery is empty: {len(g_feats)} images, {len(g_feats)-len(keep)} of them junk (pid {JUNK_PID}).')
     if len(keep)<len(g_feats): g_feats = g_feats[torch.as_tensor(keep, device=g_feats.device)]
