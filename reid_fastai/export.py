@@ -13,15 +13,38 @@ import torch
 from PIL import Image
 from fastcore.all import *
 from . import __version__
-from .core import mean_of_mirrored,progress,unwrap
+from .core import evaluating,mean_of_mirrored,progress,unwrap
 from .data.image import image_list,read_image
 from .files import load_tensors,save_tensors
 from .models import ReIDNet,build_reid_net,methods
 from .portable import Portable,is_portable,read_portable
 
-# %% ../nbs/18_export.ipynb #17a693f0
+# %% ../nbs/18_export.ipynb #e381c59b
 _format = 2  # since format 2 a file has a checksum
 
+def _rebuild(arrays, meta):
+    "Network that `meta` describes, in evaluation mode and with `arrays`, and the names of those that do not fit"
+    arch = meta['arch']
+    try: net = build_reid_net(arch, meta['n_classes'], meta['regions'], pretrained=False, size=meta['size'] if arch in methods else None)
+    except ValueError as e:
+        raise ValueError(f"The network {arch!r} cannot be rebuilt. If it is your own, register it first, as for its training (`register_method`, or timm's `register_model`). {e}") from e
+    own = net.state_dict()
+    bad = sorted(k for k in {*own, *arrays} if k not in own or k not in arrays or own[k].shape!=arrays[k].shape)
+    if not bad: net.load_state_dict(arrays)
+    return net.eval(),bad
+
+def _check_rebuilt(net, arrays, meta):
+    "Raise `ValueError` unless the network that `load_model` would build computes what `net` computes"
+    with torch.random.fork_rng(devices=[]), evaluating(net), torch.no_grad():  # the random numbers of a training stay as they are
+        back,bad = _rebuild(arrays, meta)
+        x = torch.rand(1, 3, *meta['size']).to(net.mean)
+        want,got = net(x),None if bad else back.to(net.mean)(x)
+    if bad or not torch.allclose(got, want, 0, .01*want.abs().max().item(), equal_nan=True):  # reduced precision on GPUs gives differences of up to 0.1%
+        raise ValueError(f'The network has other layers or another head than the {net.arch} that `load_model` would build, so the file would give other embeddings. '
+                         'Register a function that builds yours, `register_method("mine", build)`, set `arch="mine"` on the network, and save it again.')
+
+
+# %% ../nbs/18_export.ipynb #17a693f0
 def save_model(
     model:ReIDNet, # Network of `build_reid_net`, also compiled or distributed
     path:str|Path, # `.safetensors` file to write or replace
@@ -36,6 +59,7 @@ def save_model(
     arrays = {k: v for k,v in net.state_dict().items() if k.split('.')[0] in own}
     h,w = map(int, size)
     meta = dict(notes, format=_format, version=__version__, arch=net.arch, n_classes=net.n_classes, regions=net.regions, size=[h,w])
+    _check_rebuilt(net, arrays, meta)
     save_tensors(path, arrays, meta)
     return Path(path)
 
@@ -58,13 +82,11 @@ def read_meta(
 def _load(path, device):
     "Network in evaluation mode, and metadata"
     arrays,meta = _read(path)
-    net = build_reid_net(meta['arch'], meta['n_classes'], meta['regions'], pretrained=False, size=meta['size'] if meta['arch'] in methods else None)
-    own = net.state_dict()
-    if bad := sorted(k for k in {*own, *arrays} if k not in own or k not in arrays or own[k].shape!=arrays[k].shape):
-        raise ValueError(f'{path} does not fit the {meta["arch"]} it claims to be: {len(bad)} of {len(own)} arrays are missing, foreign or of '
+    net,bad = _rebuild(arrays, meta)
+    if bad:
+        raise ValueError(f'{path} does not fit the {meta["arch"]} it claims to be: {len(bad)} of {len(net.state_dict())} arrays are missing, foreign or of '
                          f'another shape, first {bad[0]!r}. It was written by reid_fastai {meta["version"]}, perhaps with another version of timm.')
-    net.load_state_dict(arrays)
-    return net.eval().lay_out(device).to(device),meta
+    return net.lay_out(device).to(device),meta
 
 def load_model(
     path:str|Path, # File written by `save_model`
@@ -83,19 +105,19 @@ class Embedder:
 
     def _embed(self, x, flip):
         "Embeddings of uint8 images"
-        x = x.to(self.net.mean.device)/255
-        return mean_of_mirrored(self.net, x, flip).cpu()
+        x = x.to(self.net.mean)/255
+        return mean_of_mirrored(self.net, x, flip).float().cpu()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self,
-        images:list|str|Path|np.ndarray|Image.Image, # List of paths, uint8 arrays (height, width, 3) or PIL images; or a single one
+        images:list|str|Path|np.ndarray|Image.Image, # List of paths, uint8 arrays (height, width, 3) in RGB or PIL images; or a single one
         flip:bool=True, # Average over image and mirror image
         bs:int=64 # Batch size
     ) -> torch.Tensor: # (n, `n_features`) float32 on the CPU, not normalised
         "Embed `images`"
         def embed(o): return self._embed(torch.from_numpy(np.stack([read_image(i, self.size) for i in o])), flip)
         batches = list(chunked(image_list(images), bs))
-        if not batches: return torch.empty(0, self.net.n_features)
+        if not batches: return torch.empty(0, self.net.n_features, dtype=torch.float32)
         return torch.cat([embed(o) for o in (progress(batches, 'Embedding') if len(batches)>1 else batches)])
 
 

@@ -8,7 +8,9 @@ __all__ = ['check_new', 'Gallery']
 # %% ../nbs/18e_gallery.ipynb #6000999d
 import os,warnings
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
+from threading import RLock
 
 import numpy as np
 import pandas as pd
@@ -34,6 +36,13 @@ def check_new(
     if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)): raise _exists(path)
     check_writable(path, folder=True)
 
+def _locked(f):
+    "Only one thread at a time: threads share one table, and a change between two reads would look like damage"
+    @wraps(f)
+    def res(self, *args, **kwargs):
+        with self._lock: return f(self, *args, **kwargs)
+    return res
+
 class Gallery:
     "Database of images that one model has embedded"
     def __init__(self,
@@ -47,7 +56,7 @@ class Gallery:
         if meta is None: raise ValueError(f'{brief(path, 120)} is a table, but no gallery of reid_fastai, or its description is damaged. Name another one.')
         if (f := meta['format'])!=_format:
             raise ValueError(f'{brief(path, 120)} is of format {f}, and version {__version__} reads format {_format}. {"Embed the images anew." if f<_format else "Use version "+meta["version"]+"."}')
-        self.meta,self._embedder,self._read,self._checked = meta,None,None,None
+        self.meta,self._embedder,self._read,self._checked,self._lock = meta,None,None,None,RLock()
         if model is not None: self._check_model(self.model_file)
 
     @property
@@ -55,6 +64,7 @@ class Gallery:
     @property
     def metric(self): return self.meta['metric']
 
+    def __reduce__(self): return type(self).load,(self.path, self.model, self.device)  # another process opens the gallery itself
     def __len__(self):
         with _database(self.path): return self.table.count_rows()
     def __repr__(self): return f'{self.path}: {len(self)} images, {self.meta["n_features"]} numbers each, {self.metric}, model {self.meta["model"][:8]}, version {self.table.version}'
@@ -69,6 +79,7 @@ def _check_model(self:Gallery, file):
         raise ValueError(f'{brief(self.path, 80)} was made by another model than {brief(file, 80)} (SHA-256 {self.meta["model"][:8]}…, not {found[:8]}…). Use that model, or make a new gallery.')
 
 @patch(as_prop=True)
+@_locked
 def embedder(self:Gallery):
     "Embedder of the gallery's model; loaded when it is first used"
     if self._embedder is None:
@@ -133,7 +144,7 @@ def _images(o): return o if isinstance(o, torch.Tensor) else image_list(o)  # a 
 
 @patch
 def add(self:Gallery,
-    images:list|str|Path|torch.Tensor, # List of paths, uint8 arrays (height, width, 3) or PIL images, or a single one; or a tensor (n, d) of embeddings, which must be of the gallery's model and averaged over image and mirror image (`flip=True`), as only their length can be checked
+    images:list|str|Path|torch.Tensor, # List of paths, uint8 arrays (height, width, 3) in RGB or PIL images, or a single one; or a tensor (n, d) of embeddings, which must be of the gallery's model and averaged over image and mirror image (`flip=True`), as only their length can be checked
     **columns # `path`, `x1`, `y1`, `x2`, `y2` (px), `time`, `camid`, `pid`: one value per image, or one for all
 ) -> Gallery: # The same gallery
     "Embed images and add them, all or none"
@@ -151,7 +162,7 @@ def add(self:Gallery,
     table = pa.table([pa.FixedSizeListArray.from_arrays(pa.array(v.ravel()), v.shape[1]), *(pa.array(cols[k], schema.field(k).type) for k in _columns),
                       pa.array(thumbs, pa.binary())], schema=pa.schema([*schema][:-1]))
     table = table.append_column(schema.field('proof'), pa.FixedSizeListArray.from_arrays(_proofs(table).ravel(), 3))
-    with _database(self.path, 'written'): self.table.add(table)
+    with self._lock, _database(self.path, 'written'): self.table.add(table)
     return self
 
 # %% ../nbs/18e_gallery.ipynb #4e16d437
@@ -203,6 +214,7 @@ def _rows(self:Gallery, text):
     with _database(self.path): return self.table.search().where(text).select(['camid']).with_row_id(True).limit(None).to_arrow()['_rowid'].to_numpy().astype(np.int64)
 
 @patch
+@_locked
 def has(self:Gallery,
     paths:list, # Paths of images, absolute or relative to the current folder
     boxes:list|None=None # For each image its box (x1, y1, x2, y2), or None for the whole image
@@ -248,6 +260,7 @@ def _found(self:Gallery, ids, dists):
     return pd.DataFrame(dict(query=at[:,0], rank=at[:,1]+1, distance=dists[ids>=0], **typed)),cols['thumbnail']
 
 @patch
+@_locked
 def check_search(self:Gallery,
     k:int, # Number of images to find per photo
     where:str=None # Condition in SQL on the columns; None: all images
@@ -264,8 +277,9 @@ def check_search(self:Gallery,
     return n,text,ids
 
 @patch
+@_locked
 def search(self:Gallery,
-    images:list|str|Path|torch.Tensor, # Photos: a list of paths, arrays or PIL images, or a single one; or a tensor (n, d) of embeddings
+    images:list|str|Path|torch.Tensor, # Photos: a list of paths, arrays (height, width, 3) in RGB or PIL images, or a single one; or a tensor (n, d) of embeddings
     k:int=10, # Number of images to find per photo; fewer if fewer images satisfy `where`
     where:str=None, # Condition in SQL on the columns, such as "camid != 3 and time > 60"; None: all images
     exact:bool=True, # Whether to compare with every image; False: use the index that `index` builds, `ValueError` if there is none
@@ -296,6 +310,7 @@ def versions(self:Gallery
     with _database(self.path): return pd.DataFrame([dict(version=o['version'], time=o['timestamp'], images=int(o['metadata']['total_rows'])) for o in self.table.list_versions()])
 
 @patch
+@_locked
 def restore(self:Gallery,
     version:int # One of `versions`
 ) -> Gallery: # The same gallery
@@ -308,6 +323,7 @@ def restore(self:Gallery,
 
 # %% ../nbs/18e_gallery.ipynb #70841d0c
 @patch
+@_locked
 def index(self:Gallery
     ) -> Gallery: # The same gallery
     "Build or rebuild the index for `search(exact=False)`"
@@ -320,6 +336,7 @@ def index(self:Gallery
     return self
 
 @patch(as_prop=True)
+@_locked
 def indexed(self:Gallery) -> int: # 0 without an index
     "Number of images in the index"
     with _database(self.path):
@@ -328,6 +345,7 @@ def indexed(self:Gallery) -> int: # 0 without an index
 
 # %% ../nbs/18e_gallery.ipynb #f322a0c0
 @patch
+@_locked
 def delete(self:Gallery,
     where:str # Condition in SQL on the columns, such as "time < 60"
 ) -> Gallery: # The same gallery
@@ -338,6 +356,7 @@ def delete(self:Gallery,
     return self
 
 @patch
+@_locked
 def optimize(self:Gallery,
     days:float=7 # Drop versions that are older, which other processes must not be reading; 0: all but the current one, and write all images anew, so that no deleted image stays on the disk
 ) -> Gallery: # The same gallery

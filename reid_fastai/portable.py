@@ -32,7 +32,7 @@ PIXELS = dict(
     imagenet=dict(layout='(b, 3, h, w)', dtype='float32', colours='RGB', range=f'0 to 1, minus {IMAGENET_DEFAULT_MEAN}, divided by {IMAGENET_DEFAULT_STD}'),
     opencv=dict(layout='(b, h, w, 3)', dtype='uint8', colours='BGR', range='0 to 255'))
 
-def _stats(): return (torch.tensor(o).view(1, 3, 1, 1) for o in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+def _stats(): return (torch.tensor(o, dtype=torch.float32).view(1, 3, 1, 1) for o in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
 
 def to_pixels(
     x:torch.Tensor, # (b, 3, h, w) uint8, RGB
@@ -60,7 +60,7 @@ class PortableNet(nn.Module):
     ):
         super().__init__()
         store_attr('pixels,flip,normalize')
-        self.net = copy.deepcopy(unwrap(net)).eval().cpu()
+        self.net = copy.deepcopy(unwrap(net)).eval().cpu().float()
         self.net._parameters.clear()  # parameters that a callback has added to the root are needed for training only
         for n,o in zip(('shift','scale'), _stats()): self.register_buffer(n, o)
 
@@ -138,7 +138,7 @@ def _difference(run, m, images):
     res = []
     for b in (1,2,7):
         x = images[torch.arange(b)%len(images)]
-        with torch.no_grad(): want = _averaged(m.net, x/255, m.flip, m.normalize)
+        with torch.no_grad(): want = _averaged(m.net, x.float()/255, m.flip, m.normalize)
         got = run(to_pixels(x, m.pixels))
         if got.shape!=want.shape: raise ValueError(f'{m.net.arch} cannot be exported: for {b} images the file gives embeddings of shape {tuple(got.shape)}, and PyTorch {tuple(want.shape)}.')
         res.append((torch.stack([(got-want).abs().max()/want.abs().max().clamp(min=1), (F.normalize(got)-F.normalize(want)).abs().max()]).max().item(), _cosine(got, want)))
@@ -252,9 +252,12 @@ class Portable:
         path:str|Path, # File written by `export_net`
         device:str|torch.device='cpu' # Device; CUDA is used for ONNX only, if onnxruntime supports it
     ):
+        store_attr()
         self.meta,data = read_portable(path)
         for k in ('size','n_features','pixels','flip','normalize'): setattr(self, k, self.meta[k])
         with _exporting(f'{path} cannot be run', 'Export it anew.'): self.run = _runner(data, self.meta['format'], device)
+
+    def __reduce__(self): return type(self),(self.path, self.device)  # another process reads the file again
 
     def __call__(self,
         x:torch.Tensor # (b, 3, h, w) uint8, RGB

@@ -21,6 +21,7 @@ from reid_fastai.data.augment import EraseEach, MirrorEach, PadCropEach, erase_b
 from reid_fastai.data.block import ReIDDataLoaders, read_image
 from reid_fastai.data.csv_files import read_numbers
 from reid_fastai.data.datasets import CUHK03, MSMT17, DukeMTMC, Market1501, detect_layout, layouts, read_dataset
+from reid_fastai.data.image import image_list, open_image
 from reid_fastai.data.sampler import PKSampler, draws
 from reid_fastai.data.splits import DISTRACTOR_PID, JUNK_PID, ReIDSplits, check_protocol, count_matches
 
@@ -831,7 +832,8 @@ def test_every_mode_keeps_its_picture(mode, ext, tmp_path):
 def test_nothing_to_see_is_refused():
     for a in (np.zeros((0,0,3), np.uint8), np.zeros((0,5,3), np.uint8), np.zeros((4,0), np.uint8)): says(lambda: read_image(a, (8,8)), 'array', a.shape)
     says(lambda: read_image(Image.new('RGB', (0,0)), (8,8)), '0×0')
-    for a in (np.zeros((3,8,5), np.uint8), np.zeros((8,4,3), np.float32), np.zeros((8,4,3), np.uint16), np.zeros(7, np.uint8), np.zeros((2,8,4,3), np.uint8), np.zeros((8,4,2), np.uint8)):
+    says(lambda: read_image(np.zeros((3,8,5), np.uint8), (8,8)), (3,8,5), 'transpose(1,2,0)')
+    for a in (np.zeros((8,4,3), np.float32), np.zeros((8,4,3), np.uint16), np.zeros(7, np.uint8), np.zeros((2,8,4,3), np.uint8), np.zeros((8,4,2), np.uint8)):
         says(lambda: read_image(a, (8,8)), a.shape, a.dtype, '(height, width, 3)')
     for o in (None, 3, [1], torch.zeros(3,8,8), object()): says(lambda: read_image(o, (8,8)), type(o).__name__)
 
@@ -841,6 +843,17 @@ def test_embedder_refuses_an_empty_array():
     embed = Embedder(build_reid_net('resnet10t', 1, regions=0, pretrained=False), (64,32))
     says(lambda: embed(np.zeros((0,0,3), np.uint8)), '(0, 0, 3)')
     says(lambda: embed([np.full((8,4,3), 9, np.uint8), np.zeros((0,4,3), np.uint8)]), '(0, 4, 3)')
+
+@pytest.mark.parametrize('shape,words', [((3,128,64), 'transpose\\(1,2,0\\)'), ((1,128,64), 'transpose'), ((4,128,64), 'transpose'), ((128,64,1), 'height, width, 3')])
+def test_channels_in_another_place_are_not_several_images(shape, words):
+    for a in image_list(np.zeros(shape, np.uint8)),image_list(np.zeros((2, *shape), np.uint8)):
+        with pytest.raises(ValueError, match=words): open_image(a[0])
+    for one in (3,128,3),(128,64),(128,64,4): assert len(image_list(np.zeros(one, np.uint8)))==1
+    assert len(image_list(np.zeros((2,128,64), np.uint8)))==2
+
+def test_an_open_file_is_one_image(tmp_path):
+    Image.new('RGB', (8,8)).save(tmp_path/'a.png')
+    with open(tmp_path/'a.png', 'rb') as f: assert open_image(*image_list(f)).size==(8,8)
 
 def test_only_regular_files_are_images(tmp_path, monkeypatch):
     import os, socket

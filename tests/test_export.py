@@ -1,5 +1,5 @@
 "Exported networks: they compute what PyTorch computes, say what they take, and are refused where they do not"
-import copy, os, random, re, sys, zipfile
+import copy, os, pickle, random, re, sys, zipfile
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +18,8 @@ from reid_fastai.cli import reid_eval
 from reid_fastai.cli_export import reid_export
 from reid_fastai.data.block import read_image
 from reid_fastai.data.synthetic import make_synthetic
-from reid_fastai.export import load_embedder, load_model, read_meta, save_model
-from reid_fastai.models import build_reid_net
+from reid_fastai.export import Embedder, load_embedder, load_model, read_meta, save_model
+from reid_fastai.models import LinearHead, Method, ObjectiveHead, ReIDNet, build_reid_net, load_backbone, methods
 from reid_fastai.portable import PIXELS, SUFFIXES, Portable, PortableNet, export_net, read_portable, to_pixels
 
 size = (64,32)
@@ -225,6 +225,73 @@ def test_without_the_extra(model, exported, monkeypatch, tmp_path):
         with pytest.raises(ValueError, match=r"pip install 'reid_fastai\[export\]'"): f()
     assert not list(tmp_path.iterdir())
     reid_export(model, 'torchscript', out=tmp_path/'a.torchscript', quiet=True)
+
+
+# ---- the file of a network, and embedders
+
+class MaxHead(ObjectiveHead):
+    "The same arrays, another embedding"
+    def embed(self, fmap): return fmap.amax((2,3))
+
+def with_head(head, arch='test_resnet'):
+    trunk,stage,n,stats = load_backbone('test_resnet', False)
+    return ReIDNet(trunk, stage, n, 5, 0, **stats, arch=arch, head=head)
+
+def with_silu():
+    net = build_reid_net('resnet10t', 5, 0, pretrained=False)
+    for m in [*net.modules()]:
+        for n,o in m.named_children():
+            if isinstance(o, nn.ReLU): setattr(m, n, nn.SiLU())
+    return net
+
+@pytest.mark.parametrize('build', [partial(with_head, MaxHead), partial(with_head, partial(LinearHead, n_features=64)), with_silu])
+def test_a_network_that_could_not_be_rebuilt_is_not_saved(build, tmp_path):
+    net = build()
+    net.trunk.eval()
+    modes,state = [m.training for m in net.modules()],torch.get_rng_state()
+    with pytest.raises(ValueError, match='register_method'): save_model(net, tmp_path/'m.safetensors', size)
+    assert not list(tmp_path.iterdir()) and modes==[m.training for m in net.modules()] and torch.equal(state, torch.get_rng_state())
+
+def test_an_own_head_is_saved_once_it_is_registered(files, tmp_path, monkeypatch):
+    net = with_head(MaxHead, 'mine256')
+    with pytest.raises(ValueError, match='register it first'): save_model(net, tmp_path/'m.safetensors', size)
+    with monkeypatch.context() as m:
+        m.setitem(methods, 'mine256', Method(lambda *_: with_head(MaxHead, 'mine256')))
+        save_model(net, tmp_path/'m.safetensors', size)
+        torch.testing.assert_close(load_embedder(tmp_path/'m.safetensors')(files), Embedder(net, size)(files))
+    with pytest.raises(ValueError, match='register it first'): load_embedder(tmp_path/'m.safetensors')  # as in a new process
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_networks_of_other_precisions(dtype, net, files, images, tmp_path):
+    mine,want = copy.deepcopy(net).to(dtype),Embedder(net, size)(files)
+    emb = Embedder(mine, size)(files)
+    assert emb.dtype==torch.float32
+    torch.testing.assert_close(emb, want, atol=.05, rtol=.05)
+    assert export_net(mine, tmp_path/'a.onnx', images)['difference']<=1e-4
+    torch.testing.assert_close(load_embedder(save_model(mine, tmp_path/'m.safetensors', size))(files), load_embedder(tmp_path/'a.onnx')(files), atol=1e-4, rtol=0)
+
+def test_another_default_precision(net, model, files, images, tmp_path, monkeypatch):
+    want = Embedder(net, size)(files)
+    torch.set_default_dtype(torch.float64)
+    try:
+        export_net(net, tmp_path/'a.onnx', images, pixels='imagenet')
+        for o in Embedder(net, size),load_embedder(tmp_path/'a.onnx'): torch.testing.assert_close(o(files), want, atol=1e-4, rtol=0)
+    finally: torch.set_default_dtype(torch.float32)
+
+def test_embeddings_can_be_changed_and_trained_on(exported, model, files):
+    for path in model,*exported.values():
+        emb = load_embedder(path)(files[:2])
+        emb /= emb.norm(dim=1, keepdim=True)
+        nn.Linear(192, 2)(emb).sum().backward()
+
+def test_embedders_are_pickled(exported, model, files):
+    for path in model,*exported.values():
+        emb = load_embedder(path)
+        torch.testing.assert_close(pickle.loads(pickle.dumps(emb))(files[:2]), emb(files[:2]), atol=1e-6, rtol=0)
+
+def test_file_objects(model, files):
+    emb = load_embedder(model)
+    with open(files[0], 'rb') as f: torch.testing.assert_close(emb(f), emb(files[:1]))
 
 
 # ---- the command

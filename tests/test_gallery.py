@@ -1,5 +1,6 @@
 "The gallery and its commands: answers beside a slow oracle, kills, two writers, damaged tables, and what bad input gets"
-import base64, hashlib, io, random, re, shlex, shutil, subprocess, sys
+import base64, hashlib, io, pickle, random, re, shlex, shutil, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
@@ -372,6 +373,25 @@ def test_short_memory_is_no_damage(home, monkeypatch):
     with pytest.raises(MemoryError): g.search(torch.ones(1, 512), 1)
     monkeypatch.setattr(type(g.table), 'count_rows', lambda *a: short(0))
     with pytest.raises(MemoryError): g.search(torch.ones(1, 512), 1, 'camid = 1')
+
+
+# ---- threads and processes
+
+def test_threads_share_a_gallery(home):
+    "No thread sees damage while others add and delete"
+    g,x = vectors(home, 60)
+    stop = time.monotonic()+2
+    def repeat(f):
+        n = 0
+        while time.monotonic()<stop: f(); n += 1
+        return n
+    works = [lambda: g.search(x[:1], k=5), lambda: g.search(x[:1], k=5, where='camid<4'), lambda: g.add(x[:2], camid=9), lambda: g.delete('camid=9')]
+    with ThreadPoolExecutor(4) as ex: assert min(ex.map(repeat, works))
+
+def test_a_gallery_is_pickled(home, files):
+    g = Gallery.load('people', home/'run')
+    back = pickle.loads(pickle.dumps(g))
+    assert back.search(files[3], k=2).df.equals(g.search(files[3], k=2).df) and back.model==g.model
 
 
 # ---- commands that are given again

@@ -24,6 +24,7 @@ def _check_regular(path):
 
 def _from_array(a):
     "An image of bytes (h, w), (h, w, 3) or (h, w, 4)"
+    if a.ndim==3 and a.shape[2] not in (3,4) and a.shape[0] in (1,3,4): raise TypeError(f'an array of shape {a.shape} has its channels first. Pass `a.transpose(1,2,0)`; of grey images `list(a)`')
     if a.dtype!=np.uint8 or a.ndim not in (2,3) or a.shape[2:] not in ((),(3,),(4,)):
         raise TypeError(f'an array of {a.dtype} and shape {a.shape}; needed bytes (uint8) of shape (height, width, 3)')
     if not a.size: raise TypeError(f'an array of shape {a.shape} has no pixels')
@@ -79,5 +80,5 @@ def image_list(
     images:list|str|Path|bytes|np.ndarray|Image.Image # Images in any form that `open_image` takes, or a single one
 ) -> list: # The images
     "Make a list of images; a single image becomes a list of one"
-    pixels = isinstance(images, np.ndarray) and images.dtype.kind not in 'OUS' and (images.ndim<3 or images.ndim==3 and images.shape[2] in (3,4))
-    return [images] if pixels or isinstance(images, (str,Path,bytes,bytearray,Image.Image)) else list(images)
+    pixels = isinstance(images, np.ndarray) and images.dtype.kind not in 'OUS' and (images.ndim<3 or images.ndim==3 and {1,3,4}&{*images.shape[::2]})
+    return [images] if pixels or hasattr(images, 'read') or isinstance(images, (str,Path,bytes,bytearray,Image.Image)) else list(images)
