@@ -10,8 +10,8 @@ import random,warnings
 from contextlib import contextmanager
 from unittest import mock
 
+import numpy as np
 import torch
-from fastai.torch_core import no_random,set_seed
 from fastcore.all import *
 from torch import nn
 
@@ -114,10 +114,13 @@ def _for_testing(model, tested, train):
     bufs = [(m, n, b, b.clone()) for m in model.modules() for n,b in m._buffers.items() if b is not None]
     modes,epss = [(m, m.training) for m in model.modules()],[(m, m.eps) for m in model.modules() if isinstance(getattr(m, 'eps', None), float)]
     def reset():
-        set_seed(0)  # dropout must drop the same units each time
+        for f in (random.seed, np.random.seed, torch.manual_seed): f(0)  # dropout must drop the same units each time
         for m,n,b,o in bufs: m._buffers[n] = b.copy_(o)  # a forward pass can change what the next one uses, such as the vectors of a spectral norm
-    with no_random(0), torch.no_grad():
+    devices = list({t.device for t in (*model.parameters(), *model.buffers()) if t.device.type=='cuda'})
+    others = random.getstate(),np.random.get_state()
+    with torch.random.fork_rng(devices), torch.no_grad():
         try:
+            reset()
             if train: model.train()
             for m,_ in epss: m.eps = 1e-30 if m.training else m.eps  # a frozen norm divides by a variance that can be 0
             for w in frozen: w.requires_grad_()
@@ -127,6 +130,8 @@ def _for_testing(model, tested, train):
             yield reset
         finally:
             reset()
+            random.setstate(others[0])
+            np.random.set_state(others[1])
             for p,o in params: p.copy_(o)
             for w in frozen: w.requires_grad_(False)
             for m,o in epss: m.eps = o
