@@ -6,10 +6,11 @@
 __all__ = ['KEEPS', 'turned_angles', 'turn_arrays', 'scale_invariant']
 
 # %% ../nbs/01a_rotation.ipynb #8409beeb
-import random
+import random,warnings
 from contextlib import contextmanager
 from unittest import mock
 
+import numpy as np
 import torch
 from fastcore.all import *
 from torch import nn
@@ -18,14 +19,19 @@ from .core import unwrap
 from .regularizers import *
 
 # %% ../nbs/01a_rotation.ipynb #48600b3c
+def _axes(w, per_channel):
+    "Axes of `w` from the outermost in memory to the innermost; with `per_channel` the first axis stays the first"
+    k = int(per_channel and w.ndim>1)
+    return [*range(k), *sorted(range(k, w.ndim), key=lambda i: -w.stride(i))]
+
 def _rows(
-    w, # Array of any shape, contiguous or `channels_last`
+    w, # Array of any shape
+    axes, # Order in which the axes are read: `_axes` of this array, or of the one it is compared with
     per_channel # Whether each index of the first axis is a row; otherwise the array is one row
-): # (rows, n), a view
+): # (rows, n), a view if `axes` is the order of `w` in memory and each row is in one piece; otherwise a copy
     "`w` as a matrix whose rows turn"
-    w = w.detach()
-    if per_channel and w.ndim>1: return w.permute(0, *sorted(range(1, w.ndim), key=lambda i: -w.stride(i))).flatten(1)
-    return w.permute(sorted(range(w.ndim), key=lambda i: -w.stride(i))).reshape(1, -1)
+    w = w.detach().permute(axes)
+    return w.flatten(1) if per_channel and w.ndim>1 else w.reshape(1, -1)
 
 def _dots(a, b): return torch.dot(a[0], b[0])[None] if len(a)==1 else (a*b).sum(1)
 
@@ -44,10 +50,11 @@ def turned_angles(
     "Angle by which each array has turned"
     res = []
     for w,o in zip(ws, olds):  # one at a time, so that only one difference is in memory
-        o = _rows(o, per_channel)
-        dd,do,oo = _products([_rows(w, per_channel)-o], [o])
+        axes = _axes(w, per_channel)
+        o = _rows(o, axes, per_channel)
+        dd,do,oo = _products([_rows(w, axes, per_channel)-o], [o])
         res.append(torch.atan2(((dd*oo-do**2).clamp(min=0)).sqrt(), oo+do).mean())
-    return torch.stack(res)
+    return torch.stack(res) if res else torch.zeros(0, dtype=torch.float64)
 
 # %% ../nbs/01a_rotation.ipynb #0f204051
 #: What rotation control can set: the angle of a step and the norm, or one of them
@@ -80,7 +87,8 @@ def turn_arrays(
 
 def _turn_together(ws, olds, angles, per_channel, keep):
     "`turn_arrays` with all arrays in one call"
-    ds,os = ([_rows(w, per_channel) for w in o] for o in (ws, olds))
+    axes = [_axes(w, per_channel) for w in ws]
+    ds,os = ([_rows(w, a, per_channel) for w,a in zip(o, axes)] for o in (ws, olds))
     n = [len(o) for o in ds]
     torch._foreach_sub_(ds, os)  # the weights now contain the step
     dd,do,oo = _products(ds, os)
@@ -90,6 +98,8 @@ def _turn_together(ws, olds, angles, per_channel, keep):
     torch._foreach_mul_(ds, b)
     torch._foreach_addcmul_(ds, os, a)
     torch._foreach_add_(ds, os)
+    for w,d,a in zip(ws, ds, axes):
+        if d.data_ptr()!=w.data_ptr(): (v := w.permute(a)).copy_(d.view_as(v))  # `_rows` has copied an array whose rows are in pieces
 
 # %% ../nbs/01a_rotation.ipynb #cb915b68
 def _tensors(o):
@@ -98,25 +108,36 @@ def _tensors(o):
     return [t for x in (o.values() if isinstance(o, dict) else o if is_listy(o) else []) for t in _tensors(x)]
 
 @contextmanager
-def _for_testing(model, train):
-    "Context in which `model` is without ε and without zeros and, if `train`, in training mode; restores parameters, buffers and random numbers"
-    state = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+def _for_testing(model, tested, train):
+    "Context in which `model` is without ε and zeros, `tested` have gradients and, if `train`, `model` is in training mode; restores all at the end, and yields a function that resets buffers and random numbers"
+    params,frozen = [(p, p.detach().clone()) for p in model.parameters()],[w for w in tested if not w.requires_grad]
+    bufs = [(m, n, b, b.clone()) for m in model.modules() for n,b in m._buffers.items() if b is not None]
     modes,epss = [(m, m.training) for m in model.modules()],[(m, m.eps) for m in model.modules() if isinstance(getattr(m, 'eps', None), float)]
-    devices = list({t.device for t,_ in state if t.device.type=='cuda'})
+    def reset():
+        for f in (random.seed, np.random.seed, torch.manual_seed): f(0)  # dropout must drop the same units each time
+        for m,n,b,o in bufs: m._buffers[n] = b.copy_(o)  # a forward pass can change what the next one uses, such as the vectors of a spectral norm
+    devices = list({t.device for t in (*model.parameters(), *model.buffers()) if t.device.type=='cuda'})
+    others = random.getstate(),np.random.get_state()
     with torch.random.fork_rng(devices), torch.no_grad():
-        torch.manual_seed(0)
         try:
+            reset()
             if train: model.train()
             for m,_ in epss: m.eps = 1e-30 if m.training else m.eps  # a frozen norm divides by a variance that can be 0
+            for w in frozen: w.requires_grad_()
             kinds = param_kinds(model)
             for n,w in model.named_parameters():
                 if w.ndim<2 or not w.any(): w.copy_(torch.randn(w.shape)*.1 + (kinds.get(n)=='gamma'))
-            yield
+            yield reset
         finally:
-            for t,o in state: t.copy_(o)
+            reset()
+            random.setstate(others[0])
+            np.random.set_state(others[1])
+            for p,o in params: p.copy_(o)
+            for w in frozen: w.requires_grad_(False)
             for m,o in epss: m.eps = o
             for m,o in modes: m.training = o
 
+# %% ../nbs/01a_rotation.ipynb #668d5300
 def _halving(names, same):
     "Names of the arrays that can be scaled; tests all together, then each half"
     if not names or same(names): return names
@@ -126,17 +147,19 @@ def _halving(names, same):
 
 def scale_invariant(
     model:nn.Module, # Any model
-    *xb, # Inputs of a batch, of which four items are used
+    *xb, # Inputs of a batch; four items are used if all inputs are tensors of the same length, otherwise the whole batch
     names:list|None=None, # Names of the arrays to test; None: all kernels of two or more axes
     train:bool=True # Whether to put the whole model into training mode for the test; False: each module keeps its mode
 ) -> list: # Names of the scale-invariant arrays, in the model's order
-    "Names of the arrays that can be scaled without changing the output in training; arrays of zeros are left out"
+    "Names of the arrays that can be scaled without changing the output in training; arrays of zeros and arrays that the output does not depend on are left out"
     model = unwrap(model)
     ws = dict(model.named_parameters())
     names = [n for n,k in param_kinds(model).items() if (k=='kernel' and ws[n].ndim>1 if names is None else n in names) and ws[n].any()]
-    xb = [o[:4] if torch.is_tensor(o) else o for o in xb]
+    if not names: return []
+    sizes = {o.shape[:1] if torch.is_tensor(o) else () for o in xb}
+    if len(sizes)==1 and () not in sizes: xb = [o[:4] for o in xb]
     def out():
-        torch.manual_seed(0)  # dropout must drop the same units each time
+        reset()
         return _tensors(model(*xb))
     rnd = random.Random(0)
     def same(ns):
@@ -144,11 +167,18 @@ def scale_invariant(
         for n,f in zip(ns, fs): ws[n].mul_(f)
         res = out()
         for n,f in zip(ns, fs): ws[n].div_(f)
-        return all(torch.allclose(a, b, rtol=0, atol=1e-4*b.abs().max().item()) for a,b in zip(res, base))
+        return all(torch.allclose(a, b, rtol=0, atol=1e-4*b.nan_to_num(0, 0, 0).abs().max().item()) for a,b in zip(res, base))
     alone = mock.patch.object(nn.SyncBatchNorm, 'forward', nn.modules.batchnorm._BatchNorm.forward)  # one process tests, so it must not wait for others
-    with _for_testing(model, train), torch.compiler.set_stance('force_eager'), alone:
-        base = out()
-        if not base: raise ValueError(f'The output of {type(model).__name__} has no tensors in lists, tuples or dicts, so the test cannot see whether it changes. '
-                                      'Return one of these, or name the arrays to turn: `RotationControl(arrays=…)`.')
+    with _for_testing(model, [ws[n] for n in names], train) as reset, torch.compiler.set_stance('force_eager'), alone:
+        with torch.enable_grad():
+            base = out()
+            if not base: raise ValueError(f'The output of {type(model).__name__} has no tensors in lists, tuples or dicts, so the test cannot see whether it changes. '
+                                          'Return one of these, or name the arrays to turn: `RotationControl(arrays=…)`.')
+            grads = torch.autograd.grad([o.sum() for o in base if o.requires_grad], [ws[n] for n in names], allow_unused=True)
+        names,base = [n for n,g in zip(names, grads) if g is not None],[o.detach() for o in base]
+        if not same([]):
+            warnings.warn(f'The output of {type(model).__name__} contains NaN or changes when the same input is repeated, so no kernel can be found scale-invariant. '
+                          'Name the arrays to turn: `RotationControl(arrays=…)`.')
+            return []
         for _ in range(3): names = _halving(names, same)  # with new factors each time, because kernels of one sum may get equal ones
         return names

@@ -16,7 +16,7 @@ from reid_fastai.callback.rotation import *
 from reid_fastai.optimizer import lamb
 from reid_fastai.regularizers import *
 from reid_fastai.rotation import *
-from reid_fastai.rotation import _turn_together
+from reid_fastai.rotation import _axes,_rows,_turn_together
 
 for o in [o for o in globals() if o.startswith('test')]: del globals()[o]
 
@@ -78,6 +78,33 @@ def test_outputs_without_tensors_are_refused():
     class Net(nn.Linear):
         def forward(self, x): return Result(super().forward(x))
     with pytest.raises(ValueError, match='^The output of Net has no tensors.*`RotationControl'): scale_invariant(Net(3, 2), torch.randn(4, 3))
+
+def in_layout(w, layout):
+    "`w` as rows in pieces, as a part of a larger array, or in a memory format"
+    if layout=='permuted': return w.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)
+    if layout=='part': return torch.cat([w, w], 2)[:,:,:w.shape[2]]
+    return w.clone(memory_format=layout)
+
+layouts = torch.contiguous_format,torch.channels_last,'permuted','part'
+@pytest.mark.parametrize('per_channel', [False, True])
+@pytest.mark.parametrize('new_layout', layouts)
+@pytest.mark.parametrize('old_layout', layouts)
+def test_any_memory_layout(old_layout, new_layout, per_channel):
+    torch.manual_seed(0)
+    old = torch.randn(5, 4, 3, 2)
+    new = old+.1*torch.randn(5, 4, 3, 2)
+    assert turned_angles([in_layout(old, new_layout)], [in_layout(old, old_layout)], per_channel)==0
+    turn_arrays([w := in_layout(new, new_layout)], [in_layout(old, old_layout)], torch.tensor([.3]), per_channel)
+    assert torch.allclose(w, oracle(new, old, .3, per_channel, 'both').float(), atol=1e-5) and w.stride()==in_layout(new, new_layout).stride()
+
+def test_rows_of_one_layout_are_not_copied():
+    "Rotation runs in each step, so arrays in PyTorch's memory formats must stay in place"
+    for w in (torch.randn(5, 4, 3, 2), torch.randn(8, 1, 3, 3), torch.randn(5, 4).t(), torch.randn(3)):
+        for o in (w, w.to(memory_format=torch.channels_last) if w.ndim==4 else w):
+            for c in (False,True):
+                for x in (o, o.clone()): assert _rows(x, _axes(o, c), c).data_ptr()==x.data_ptr()
+
+def test_no_arrays_no_angles(): assert turned_angles([], []).shape==(0,)
 
 def test_no_direction_no_turn():
     old = torch.randn(4, 3)
@@ -150,6 +177,66 @@ def test_synchronised_norms_do_not_wait(monkeypatch):
     m = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.SyncBatchNorm(4))
     assert scale_invariant(m, torch.randn(4, 3, 8, 8))==['0.weight']
     with pytest.raises(AssertionError, match='it waits'): m(torch.randn(4, 3, 8, 8))
+
+class Aux(nn.Module):
+    "A layer that the forward pass leaves out, one whose output is not used, and one that is frozen"
+    def __init__(self):
+        super().__init__()
+        self.first,self.norm,self.aux,self.idle,self.frozen = nn.Linear(4, 4, bias=False),nn.BatchNorm1d(4),nn.Linear(4, 2),nn.Linear(4, 2),nn.Linear(4, 4, bias=False).requires_grad_(False)
+    def forward(self, x): self.idle(x); return self.norm(self.first(self.frozen(x)))
+
+def test_arrays_that_are_not_used_are_left_out():
+    m = Aux()
+    assert scale_invariant(m, torch.randn(8, 4))==['first.weight','frozen.weight']
+    assert not m.frozen.weight.requires_grad and all(p.grad is None for p in m.parameters())
+
+def test_generator_while_the_critic_trains():
+    from fastai.vision.gan import GANModule, basic_critic, basic_generator
+    m = GANModule(basic_generator(32, 3), basic_critic(32, 3))
+    x = torch.randn(4, 3, 32, 32)
+    m.switch(False)
+    found = scale_invariant(m, x)
+    assert found and all(n.startswith('critic') for n in found)
+
+class Noise(nn.Module):
+    def __init__(self, draw): super().__init__(); self.draw = draw
+    def forward(self, x): return x+torch.tensor(self.draw(size=x.shape), dtype=x.dtype)
+
+class Steps(nn.Module):
+    "Replaces its buffer in each pass"
+    def __init__(self): super().__init__(); self.register_buffer('n', torch.ones(1))
+    def forward(self, x): self.n = self.n+1; return x*self.n
+
+@pytest.mark.parametrize('layer', ['spectral norm','numpy','steps'])
+def test_layers_whose_passes_differ(layer):
+    "Buffers and random numbers are the same in each pass, and afterwards as before"
+    torch.manual_seed(0)
+    last = {'spectral norm': nn.utils.spectral_norm(nn.Linear(8, 8)), 'numpy': Noise(np.random.normal), 'steps': Steps()}[layer]
+    m = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), last)
+    before,state = {k: v.clone() for k,v in m.state_dict().items()},np.random.get_state()[1].copy()
+    assert scale_invariant(m, torch.randn(8, 4))==['0.weight']+['2.weight_orig']*(layer=='spectral norm')
+    for k,v in m.state_dict().items(): assert torch.equal(v, before[k]), k
+    assert (np.random.get_state()[1]==state).all()
+
+@pytest.mark.parametrize('draw', [np.random.default_rng(0).normal, lambda size: np.full(size, np.nan)])
+def test_outputs_that_cannot_be_compared(draw):
+    m = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), Noise(draw))
+    with pytest.warns(UserWarning, match='^The output of Sequential contains NaN or changes.*`RotationControl'): assert scale_invariant(m, torch.randn(8, 4))==[]
+
+class Inputs(nn.Linear):
+    def __init__(self, use): super().__init__(4, 3, bias=False); self.norm,self.use = nn.BatchNorm1d(3),use
+    def forward(self, x, *o): return self.use(self.norm(super().forward(x)), *o)
+
+@pytest.mark.parametrize('case', ['graph','0-dim','list','infinite'])
+def test_inputs_of_any_form(case):
+    torch.manual_seed(0)
+    use,o = {'graph': (lambda y, e: y.index_add(0, e[0], y[e[1]]), torch.randint(9, (2, 20))), '0-dim': (torch.mul, torch.tensor(2.)),
+             'list': (lambda y, o: y+o[0], [torch.randn(9, 1)]), 'infinite': (lambda y, o: torch.cat([y, -o], 1), torch.full((9, 1), torch.inf))}[case]
+    assert scale_invariant(Inputs(use), torch.randn(9, 4), o)==['weight']
+
+def test_an_infinite_output_hides_nothing():
+    m = nn.Sequential(nn.Linear(4, 3), nn.ConstantPad1d((0, 1), -torch.inf))
+    assert scale_invariant(m, torch.randn(9, 4))==[]
 
 # ---- in the training loop
 

@@ -67,7 +67,7 @@ def _find(self:RotationControl):
             free = [n for n in found if ws[n].requires_grad]
             kept = scale_invariant(model, *self.xb, names=free, train=False)
             found = [n for n in found if n not in free or n in kept]
-    if not found: warnings.warn('RotationControl turns nothing: no kernel of the network is scale-invariant (followed by a normalisation). Name arrays to turn with `arrays`.')
+    if not found: warnings.warn('RotationControl turns nothing: no kernel of the network was found scale-invariant (followed by a normalisation). Name arrays to turn with `arrays`.')
     return found
 
 @patch
