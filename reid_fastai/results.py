@@ -7,7 +7,6 @@ __all__ = ['checked', 'save_figure', 'search_rows', 'save_ranked', 'result_figur
            'read_table', 'run_summary', 'summary_of']
 
 # %% ../nbs/18f_results.ipynb #dc2c4446
-import os
 from io import BytesIO,StringIO
 from pathlib import Path
 

@@ -19,7 +19,7 @@ from fastai.torch_core import TensorCategory,TensorImage,default_device,num_dist
 from fastai.torch_basics import DisplayedTransform,Transform
 from fastcore.all import *
 
-from ..core import brief,check_int,check_size,ranks
+from ..core import check_int,check_size,ranks
 from .augment import reid_augs
 from .csv_files import read_numbers
 from .datasets import read_dataset
@@ -201,7 +201,7 @@ def _own_gpu(device):
 def _check_tfms(batch_tfms):
     "Raise `ValueError` for a function or module that would change identities and cameras, not only images"
     if odd := first(f for f in L(batch_tfms) if not (isinstance(f, Transform) or isinstance(f, type) and issubclass(f, Transform))):
-        raise ValueError(f'batch_tfms: {brief(odd, 60)} would also be applied to identities and cameras. Write a fastai transform for images: '
+        raise ValueError(f'batch_tfms: {getattr(odd, "__name__", type(odd).__name__)} would also be applied to identities and cameras. Write a fastai transform for images: '
                          '`class Mine(Transform):` with `def encodes(self, x:TensorImage): return ...`.')
 
 @patch(cls_method=True)
