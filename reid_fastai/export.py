@@ -43,7 +43,6 @@ def _check_rebuilt(net, arrays, meta):
         raise ValueError(f'The network has other layers or another head than the {net.arch} that `load_model` would build, so the file would give other embeddings. '
                          'Register a function that builds yours, `register_method("mine", build)`, set `arch="mine"` on the network, and save it again.')
 
-
 # %% ../nbs/18_export.ipynb #17a693f0
 def save_model(
     model:ReIDNet, # Network of `build_reid_net`, also compiled or distributed

@@ -226,7 +226,6 @@ def test_without_the_extra(model, exported, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
     reid_export(model, 'torchscript', out=tmp_path/'a.torchscript', quiet=True)
 
-
 # ---- the file of a network, and embedders
 
 class MaxHead(ObjectiveHead):
@@ -293,7 +292,6 @@ def test_file_objects(model, files):
     emb = load_embedder(model)
     with open(files[0], 'rb') as f: torch.testing.assert_close(emb(f), emb(files[:1]))
 
-
 # ---- the command
 
 @pytest.fixture
@@ -348,7 +346,6 @@ def test_data_of_the_run(data, model, tmp_path, monkeypatch):
     monkeypatch.setattr(cli_export, '_trained_on', lambda file: str(tmp_path/'gone'))
     reid_export(run/'model.safetensors', quiet=True)
     assert seen['checked_with'].startswith('synthetic-tiny') and len(seen['images'])==7
-
 
 # ---- the page
 

@@ -57,7 +57,6 @@ def vectors(home, n=0, d=None, metric='cosine', seed=0):
 
 def tree(d): return {str(o.relative_to(d)): hashlib.sha256(o.read_bytes()).hexdigest() if o.is_file() else 'folder' for o in sorted(Path(d).rglob('*'))}
 
-
 # ---- answers
 
 @pytest.mark.parametrize('metric', ['cosine','euclidean'])
@@ -134,7 +133,6 @@ def test_versions_and_another_handle(home):
     a.restore(2)
     assert len(Gallery.load(home/'people'))==n and b.search(torch.ones(1, 512), 1).how.split()[3]==str(n)
     assert b.versions().images.tolist()[-2:]==[n+5,n]
-
 
 def test_at_a_url(home, files):
     "In place of object storage, which needs a network: create, add, load and search, in Python and by commands"
@@ -374,7 +372,6 @@ def test_short_memory_is_no_damage(home, monkeypatch):
     monkeypatch.setattr(type(g.table), 'count_rows', lambda *a: short(0))
     with pytest.raises(MemoryError): g.search(torch.ones(1, 512), 1, 'camid = 1')
 
-
 # ---- threads and processes
 
 def test_threads_share_a_gallery(home):
@@ -392,7 +389,6 @@ def test_a_gallery_is_pickled(home, files):
     g = Gallery.load('people', home/'run')
     back = pickle.loads(pickle.dumps(g))
     assert back.search(files[3], k=2).df.equals(g.search(files[3], k=2).df) and back.model==g.model
-
 
 # ---- commands that are given again
 
@@ -435,7 +431,6 @@ def test_a_table_without_boxes(home, files):
     want = load_embedder(home/'run'/'model.safetensors')(files[:3])
     assert np.allclose(np.stack(df.vector), want, atol=1e-4)
 
-
 # ---- the page
 
 def page(words):
@@ -457,7 +452,6 @@ def test_times_and_cameras_to_numbers():
     df = pd.DataFrame(dict(when=['1970-01-01T02:00:01.5+02:00','1970-01-01T00:00:03Z'], camera=['hall','door']))
     exec(page('df.when'), dict(df=df, pd=pd))
     assert df.time.tolist()==[1.5,3] and df.camid.tolist()==[2,1]
-
 
 # ---- what it writes
 
@@ -519,7 +513,6 @@ def test_same_or_not(home, data):
     write_json(home/'run'/'verification.json', dict(read_json(home/'run'/'verification.json'), flip=True))
     with pytest.raises(ValueError, match='Choose one of them, or measure it: reid-eval run --verify --far 0.02'): reid_search(home/'people', [photo], model='run', same=True, far=.02)
 
-
 def test_same_in_a_large_gallery(home, data):
     sha = hashlib.sha256((home/'run'/'model.safetensors').read_bytes()).hexdigest()
     photo = str(sorted((data/'query').glob('*.jpg'))[0])
@@ -533,7 +526,6 @@ def test_same_in_a_large_gallery(home, data):
     with pytest.raises(ValueError, match='has thresholds of the open set for 0.01. Choose one of them.$'): ask(far=1e-3)
     write_json(home/'run'/'verification.json', dict(kept, n_gallery=20, dir={'0.01': dict(threshold=d, dir=.5)}))
     assert ask().how.endswith('find somebody, in a gallery of 20 images; more among 28)') and ask(where='time < 15').how.endswith('find somebody)')
-
 
 # ---- the commands
 
