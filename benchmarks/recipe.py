@@ -12,8 +12,10 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import TensorImage
+from fastai.vision.augment import Brightness, Contrast, Saturation
 from pytorch_metric_learning.losses import CircleLoss, MultiSimilarityLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner
+from timm.layers import DropPath
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -68,6 +70,10 @@ def metric(loss, miner=None):
     def change(learn): learn.loss_func = ReIDLoss(triplet=lambda emb,pid: loss(emb, pid, miner(emb, pid) if miner else None))
     return change
 def patch(learn): learn.dls.train.after_batch.add(PatchEach())
+def colours(learn): learn.dls.train.after_batch.add([Brightness(.2, p=.5), Contrast(.2, p=.5), Saturation(.2, p=.5)])
+def drop_path(learn):
+    blocks = [m for m in learn.model.modules() if hasattr(m, 'drop_path')]
+    for i,m in enumerate(blocks): m.drop_path = DropPath(.2*i/len(blocks))
 def averaged(learn): learn.add_cb(Averaged(.99))
 
 def no(cfg): return {}
@@ -82,10 +88,13 @@ CHANGES = {
     'multi-similarity': ('multi-similarity loss instead of the triplet loss', metric(MultiSimilarityLoss(), MultiSimilarityMiner()), no),
     'no triplet': ('cross-entropy alone', lambda learn: setattr(learn, 'loss_func', ReIDLoss(triplet=False)), no),
     'patch': ('random patches of other images', patch, no),
+    'colours': ('random brightness, contrast and saturation', colours, no),
+    'drop path': ('residual branches left out at random, up to 20 % of the time in the last block', drop_path, no),
     'average': ('moving average of the weights, decay 0.99', averaged, no),
     'stride': ('last stage with stride 2', stride, no),
     'more people': ('twice the identities per batch, half the images of each', None, lambda c: dict(n_pids=2*c.n_pids, n_imgs=c.n_imgs//2)),
     'fewer people': ('half the identities per batch, twice the images of each', None, lambda c: dict(n_pids=c.n_pids//2, n_imgs=2*c.n_imgs)),
+    'half strength': ('half the strength of the regulariser', None, lambda c: dict(strength=.005)),
     'half rate': ('half the learning rate', None, lambda c: dict(lr=c.lr/2)),
     'double rate': ('twice the learning rate', None, lambda c: dict(lr=2*c.lr))}
 

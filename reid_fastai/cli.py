@@ -15,7 +15,7 @@ from typing import Annotated
 if int(os.environ.get('WORLD_SIZE', 1))>1: os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # before torch is imported; otherwise a lost process is reported in many lines of C++
 _in_shell = Path(sys.argv[0]).stem.startswith('reid-') and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 if _in_shell:
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # no traceback for Ctrl-C during the imports
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # no traceback for Ctrl-C during the imports; C extensions replace a `SystemExit` by errors of their own
     try: os.getcwd()
     except OSError:  # MKL cannot be loaded
         print(f'{Path(sys.argv[0]).stem}: error: The working folder no longer exists. Change to another one, and give the command again.', file=sys.stderr)
