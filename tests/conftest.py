@@ -1,7 +1,9 @@
 "Several workers share the cores: each computes with one thread"
-import os
+import os, signal
 
 import pytest
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes commands in the background ignore it
 
 if 'PYTEST_XDIST_WORKER' in os.environ:
     for o in ('OMP_NUM_THREADS','MKL_NUM_THREADS','OPENBLAS_NUM_THREADS'): os.environ.setdefault(o, '1')

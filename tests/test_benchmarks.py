@@ -3,9 +3,10 @@ import ast, os, re, runpy, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest, torch
+import pandas as pd, pytest, torch
 
 import reid_fastai.all  # noqa: F401; once for all forks
+from reid_fastai.data.synthetic import make_synthetic
 from forks import fork, leave, log_to
 
 root = Path(__file__).parents[1]
@@ -95,7 +96,7 @@ def test_gpu_script_collects_one_file(gpu, monkeypatch):
     assert [o for o in said if 'tests' in str(o)]==[root/'tests'/'test_gpu.py']
 
 def test_training_beside_a_bare_loop(tmp_path):
-    res = forked('benchmarks/training.py', logs=tmp_path, *['--arch', 'resnet10t', '--size', '64', '32', '--bs', '8', '--steps', '1', '--rounds', '1'])
+    res = forked('benchmarks/training.py', logs=tmp_path, *['--arch', 'resnet10t', '--size', '64', '32', '--bs', '8', '--steps', '1', '--rounds', '1', '--data', make_synthetic(tiny=True)])
     assert res.returncode==0 and '× the bare loop' in res.stdout and 'peak memory' in res.stdout, res.stderr[-800:]
 
 def test_peak_memory_of_a_process(tmp_path):
@@ -107,8 +108,6 @@ def test_peak_memory_of_a_process(tmp_path):
 
 def test_how_many_identities(tmp_path):
     "Nested parts of the training identities, the same steps and the same test set; complete runs are not repeated"
-    import pandas as pd
-    from reid_fastai.data.synthetic import make_synthetic
     from reid_fastai.files import read_json
     data = str(make_synthetic(tiny=True))
     args = ['benchmarks/identities.py', data, '--out', tmp_path/'o', '--pretrained', 'none', '--identities', '0', '3', '6', '--set', 'arch=resnet10t', 'size=64x32', 'epochs=1', 'n_pids=4']
@@ -128,8 +127,6 @@ def test_how_many_identities(tmp_path):
 
 def test_controls(tmp_path):
     "Every control trains; rows of the file are not trained again"
-    import pandas as pd
-    from reid_fastai.data.synthetic import make_synthetic
     args = ['benchmarks/controls.py', str(make_synthetic(tiny=True)), '--out', tmp_path/'c.csv', '--set', 'arch=test_resnet', 'pretrained=none', 'size=32x32', 'epochs=1', 'steps=3', 'lr=0.03', 'n_pids=4']
     res = forked(*args, logs=tmp_path)
     assert res.returncode==0 and '| control | seeds | mAP | Rank-1 |' in res.stdout, res.stderr[-800:]
@@ -150,13 +147,11 @@ def test_controls(tmp_path):
 
 def test_recipe(tmp_path):
     "Every change trains and differs from the others, on held-out identities"
-    import pandas as pd
-    from reid_fastai.data.synthetic import make_synthetic
     args = ['benchmarks/recipe.py', str(make_synthetic(tiny=True)), '--out', tmp_path/'r.csv', '--set', 'arch=tf_mobilenetv3_small_minimal_100', 'pretrained=none', 'size=64x32', 'epochs=1', 'steps=3', 'lr=0.03', 'n_pids=4', 'n_imgs=2', '--distractors', '0']
     res = forked(*args, logs=tmp_path)
     assert res.returncode==0 and '| change | seeds | mAP |' in res.stdout, res.stderr[-800:]
     df = pd.read_csv(tmp_path/'r.csv')
-    assert len(df)==14 and df.change.is_unique and df.mAP.between(0, 100, inclusive='neither').all() and df['mAP after the neck'].nunique()>11
+    assert len(df)==17 and df.change.is_unique and df.mAP.between(0, 100, inclusive='neither').all() and df['mAP after the neck'].nunique()>11
     again = forked(*args, logs=tmp_path)
     assert again.returncode==0 and "{'change'" not in again.stdout
     for bad,words in ((['--changes', 'some'], "['some']"), (['--set', 'regions=2'], 'regions=2')):
@@ -240,8 +235,6 @@ def test_more_images_than_memory(tmp_path):
 
 def test_held_out_ranking_beside_the_test_ranking(tmp_path):
     "The rank correlation over models whose held-out figures are given"
-    import pandas as pd
-    from reid_fastai.data.synthetic import make_synthetic
     from reid_fastai.export import save_model
     from reid_fastai.files import write_json
     from reid_fastai.models import build_reid_net
@@ -267,7 +260,6 @@ def test_embedding():
     assert res.returncode==0 and 'freed memory kept' in res.stdout, res.stderr[-800:]
 
 def test_a_problem_other_than_re_id(tmp_path):
-    import pandas as pd
     res = forked('benchmarks/classifier.py', '--images', '30', '--epochs', '1', '--seeds', '2', '--csv', tmp_path/'c.csv', logs=tmp_path)
     assert res.returncode==0 and '| auto, default |' in res.stdout, res.stderr[-800:]
     df = pd.read_csv(tmp_path/'c.csv')

@@ -76,7 +76,7 @@ def test_constants():
     assert paper_adam.keywords==dict(mom=.9, sqr_mom=.999, eps=1e-7, wd=0.)
     assert set(recipes)=={'quick','laptop','paper','published'}
 
-paper_args = dict(recipe='paper', arch='resnet26', pretrained='none', size='64x32', n_pids=2, n_imgs=2, frozen_epochs=1, epochs=2, steps=2)
+paper_args = dict(recipe='paper', arch='resnet14t', pretrained='none', size='64x32', n_pids=2, n_imgs=2, frozen_epochs=1, epochs=2, steps=2)
 
 def test_a_run_passes_through_every_phase(splits, tmp_path):
     "A smaller ResNet of bottlenecks with its replicated stage and regional branch, random weights, few steps"
@@ -84,7 +84,7 @@ def test_a_run_passes_through_every_phase(splits, tmp_path):
     table = pd.read_csv(out/'metrics.csv')
     assert len(table)==3 and table.train_loss.notna().all() and table.mAP.notna().tolist()==[True,False,True]  # at the end of each phase
     lam = pd.read_csv(out/'lambdas.csv')
-    assert lam.epoch.max()==3 and lam.name.nunique()==res['arrays']==41+2+39+39  # kernels, biases, gammas, betas: 29 convolutions, 7 of them twice, 2 of the regions, 3 classifiers and necks
+    assert lam.epoch.max()==3 and lam.name.nunique()==res['arrays']==28+2+26+26  # kernels, biases, gammas, betas: 19 convolutions, 4 of them twice, 2 of the regions, 3 classifiers and necks
     frozen = lam[(lam.epoch==1) & lam.name.str.startswith('trunk')]
     assert len(frozen) and (frozen.theta==0).all() and (lam[(lam.epoch==3) & lam.name.isin(frozen.name)].theta<0).any()
     cfg = json.loads((out/'config.json').read_text())
