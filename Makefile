@@ -14,7 +14,7 @@ test: $(READY)
 # Kills, damaged files, hostile input and full disks, about 15 minutes on two cores; the test suite has a short version. Then launchers of several processes.
 attack: $(READY)
 	$(BIN)/python tests/attack.py
-	LAUNCHERS=1 $(BIN)/python -m pytest -q tests/test_distributed.py -k 'two_nodes or accelerate or torchrun'
+	LAUNCHERS=1 $(BIN)/python -m pytest -q tests/test_distributed.py -k 'two_nodes or accelerate'
 
 # The whole site from scratch, as a stale page would hide a broken link. `python -m http.server -d _docs/html` shows it.
 docs: $(READY)

@@ -1,5 +1,6 @@
 from .core import *
 from .distributed import *
+from .synced_norms import *
 from .files import *
 from .regularizers import *
 from .rotation import *

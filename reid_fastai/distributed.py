@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['LostProcess', 'talking', 'local_rank', 'together', 'told', 'by_leader', 'check_same', 'first_to_speak', 'my_part',
-           'join_parts', 'gather', 'mean_gradients', 'same_tensors', 'draw_part', 'synced_norms']
+           'join_parts', 'gather', 'mean_gradients', 'same_tensors', 'draw_part']
 
 # %% ../nbs/00a_distributed.ipynb #3e744d2c
 import os,re,time,uuid
 from contextlib import contextmanager
 from functools import wraps
-from types import MethodType
 
 import torch
 import torch.distributed as dist
 from fastcore.all import *
-from torch import Tensor,nn
+from torch import Tensor
 
 from .core import brief,ranks
 
@@ -64,6 +63,7 @@ def _join():
         _group.store = _one_start(store, rank, n)
         backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() and dist.is_nccl_available() else 'gloo'  # without a name, PyTorch would exchange no tensors of the CPU beside a GPU
         dist.init_process_group(backend, store=_group.store, rank=rank, world_size=n)
+        dist.all_reduce(torch.zeros(1))  # waits for all: a process that ends early would close connections that others are still making
     except (RuntimeError,ValueError) as e:
         raise ValueError(f'The {os.environ["WORLD_SIZE"]} started processes did not find each other: {brief(e, 120)}. Start them with `torchrun` or `accelerate launch`.') from e
 
@@ -219,74 +219,3 @@ def draw_part(
 ) -> Tensor: # (..., n)
     "Random numbers for this process' part of a batch, taken from those for the whole batch"
     return draw(n*ranks.n).narrow(-1, n*ranks.rank, n)
-
-# %% ../nbs/00a_distributed.ipynb #86ec335f
-class _SyncedNorm(torch.autograd.Function):
-    "Batch norm with the statistics of all processes; sums in float64, like PyTorch on a CPU"
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        dims,col = [0,*range(2, x.ndim)],[1,-1]+[1]*(x.ndim-2)
-        n = x.numel()//x.shape[1]*ranks.n
-        mean = _sum_all(x.sum(dims, dtype=torch.float64))/n
-        d = x-mean.to(x).view(col)
-        var = _sum_all(d.square().sum(dims, dtype=torch.float64))/n
-        scale = (var+eps).rsqrt()
-        gain = scale if weight is None else scale*weight
-        ctx.save_for_backward(d, scale, gain)
-        ctx.dims,ctx.col,ctx.n,ctx.affine = dims,col,n,weight is not None
-        ctx.mark_non_differentiable(mean, var)
-        y = d*gain.to(x).view(col)
-        return y if bias is None else y.add_(bias.to(x).view(col)),mean,var
-
-    @staticmethod
-    def backward(ctx, g, *_):
-        d,scale,gain = ctx.saved_tensors
-        sums = torch.stack([g.sum(ctx.dims, dtype=torch.float64), (g*d).sum(ctx.dims, dtype=torch.float64)])
-        own = (scale*sums[1]).to(g),sums[0].to(g)
-        mean_g,mean_gd = _sum_all(sums.clone())/ctx.n
-        dx = (g-mean_g.to(g).view(ctx.col)-d*(mean_gd*scale**2).to(g).view(ctx.col)).mul_(gain.to(g).view(ctx.col))
-        return dx,*(own if ctx.affine else (None,None)),None
-
-def _sum_all(x):
-    "Sum over all processes, in place"
-    with talking(): dist.all_reduce(x)
-    return x
-
-def _update_running(m, mean, var, n):
-    "Update the running statistics like PyTorch, and return the momentum"
-    if not m.track_running_stats: return 0.
-    m.num_batches_tracked.add_(1)
-    mom = 1/float(m.num_batches_tracked) if m.momentum is None else m.momentum
-    if mean is not None:
-        m.running_mean.lerp_(mean.detach().to(m.running_mean), mom)
-        m.running_var.lerp_((var.detach()*(n/max(n-1, 1))).to(m.running_var), mom)
-    return mom
-
-def _synced_norm(m, x):
-    "Batch norm with the statistics of all processes"
-    if x.is_cuda:
-        from torch.nn.modules._functions import SyncBatchNorm
-        stats = (m.running_mean,m.running_var) if m.track_running_stats else (None,None)
-        return SyncBatchNorm.apply(x.contiguous(), m.weight, m.bias, *stats, m.eps, _update_running(m, None, None, 0), dist.group.WORLD, ranks.n)
-    y,mean,var = _SyncedNorm.apply(x.to(torch.promote_types(x.dtype, torch.float32)), m.weight, m.bias, m.eps)
-    _update_running(m, mean, var, x.numel()//x.shape[1]*ranks.n)
-    return y.to(x.dtype)
-
-def _forward(m, x):
-    "`forward` of a norm in distributed training"
-    if not m.training or ranks.n==1: return type(m).forward(m, x)
-    x = _synced_norm(m, x)
-    return m.act(m.drop(x)) if hasattr(m, 'act') else x  # timm's norm contains an activation
-
-@contextmanager
-def synced_norms(
-    model:nn.Module # Model in training
-):
-    "Context in which the BatchNorms of `model` use the batch statistics of all processes"
-    from timm.layers import BatchNormAct2d  # imported here because the import takes as long as torch's
-    plain = (nn.BatchNorm1d.forward, BatchNormAct2d.forward)  # PyTorch's norms share one `forward`
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and type(m).forward in plain]
-    for m in norms: m.forward = MethodType(_forward, m)
-    try: yield
-    finally:
-        for m in norms: del m.forward

@@ -242,7 +242,6 @@ def test_each_node_counts_its_own_restarts(monkeypatch):
         monkeypatch.setattr(cli, 'join_parts', lambda x: torch.cat([x, torch.tensor(counts[1:])]))
         assert cli._started_again()==again
 
-@launchers
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='finds the processes of torchrun in /proc')
 def test_torchrun_starts_again_by_itself(jobs, tmp_path):
     "One of its processes is killed: torchrun starts all of them anew, and these go on with the run"

@@ -20,6 +20,7 @@ from fastcore.all import *
 
 from ..core import PlainErrors,ranks
 from ..distributed import *
+from ..synced_norms import synced_norms
 
 # %% ../../nbs/14b_callback.distributed.ipynb #97b8a11c
 def table_checksum(
