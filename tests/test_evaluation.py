@@ -9,7 +9,7 @@ from pandas.testing import assert_frame_equal
 
 import reid_fastai.evaluation.counting as counting
 import reid_fastai.evaluation.distances as distances
-import reid_fastai.evaluation.metrics as metrics
+import reid_fastai.evaluation.ranked as ranked
 import reid_fastai.evaluation.rerank as rerank
 from reid_fastai.evaluation.distances import Distances, topk_keys
 from reid_fastai.evaluation.metrics import RetrievalResults
@@ -223,7 +223,7 @@ def test_reranked_results_need_an_import(tmp_path, monkeypatch):
     res = build(torch.rand(4, 4), [1,1,2,2], [1]*4, torch.rand(8, 4), [1,1,2,2]*2, [2]*8).rerank(2, 1)
     res.save(tmp_path/'f')
     assert RetrievalResults.load(tmp_path/'f').mAP==res.mAP
-    monkeypatch.delitem(metrics._readers, 'RerankedDistances')
+    monkeypatch.delitem(ranked._readers, 'RerankedDistances')
     with pytest.raises(ValueError, match='has RerankedDistances, which are read after `from reid_fastai.evaluation.all import'): RetrievalResults.load(tmp_path/'f')
 
 @pytest.mark.parametrize('data', [b'', b'\x80\x04K\x01.', b'x'*64])

@@ -19,7 +19,7 @@ from torch.utils.data import RandomSampler
 
 from ..core import PlainErrors,check_int,evaluating,mean_of_mirrored,progress,ranks,unwrap
 from ..distributed import join_parts,my_part
-from ..evaluation.metrics import *
+from ..evaluation.metrics import RetrievalResults
 
 # %% ../../nbs/14_callback.evaluation.ipynb #242e4d40
 def _undivided(dl):

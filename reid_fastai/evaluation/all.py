@@ -1,5 +1,6 @@
 from .distances import *
 from .counting import *
+from .ranked import *
 from .metrics import *
 from .nearest import *
 from .pairs import *

@@ -13,7 +13,7 @@ from fastcore.all import *
 from ..core import progress
 from ..data.splits import DISTRACTOR_PID,JUNK_PID
 from ..distributed import join_parts,my_part
-from .metrics import RetrievalResults
+from .ranked import RetrievalResults
 
 # %% ../../nbs/10a_evaluation.pairs.ipynb #0aa10005
 class Pairs:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core import free_memory,progress
 from .counting import _one_thread
 from .distances import Distances,_multiple,_product,topk_keys
-from .metrics import RetrievalResults,_readers
+from .ranked import RetrievalResults,_readers
 
 # %% ../../nbs/11_evaluation.rerank.ipynb #d49398eb
 class _Nearest:

@@ -16,7 +16,7 @@ from fastcore.all import *
 from ..core import progress
 from ..data.splits import DISTRACTOR_PID
 from ..files import atomic_write,checksum,model_file,read_bytes,read_json,write_json
-from .metrics import RetrievalResults
+from .ranked import RetrievalResults
 from .pairs import Pairs
 
 # %% ../../nbs/10b_evaluation.verification.ipynb #0aa20005
