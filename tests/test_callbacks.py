@@ -528,7 +528,7 @@ def test_two_processes_agree(tmp_path):
     "On the gradients, of a network that is trained and of one that is frozen, where only θ has one"
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    mp.start_processes(_worker, (port, tmp_path), nprocs=2, start_method='fork')  # which saves the imports
+    mp.spawn(_worker, (port, tmp_path), nprocs=2)
     a,b = (json.loads((tmp_path/f'{rank}.json').read_text()) for rank in range(2))
     assert a==b and [len(o) for o in a]==[3,1]
 

@@ -1,8 +1,7 @@
 "`reid_learner` and what depends on it being whole"
-import json, os, pickle, re, socket, sys, warnings
-from types import SimpleNamespace
+import json, os, pickle, re, socket, subprocess, sys, warnings
 
-import numpy as np, pandas as pd, pytest, timm, torch, torch.multiprocessing as mp
+import numpy as np, pandas as pd, pytest, timm, torch
 from fastai.basics import CrossEntropyLossFlat, load_learner
 from fastai.callback.all import (Callback, CSVLogger, TerminateOnNaNCallback, CutMix, EarlyStoppingCallback, GradientAccumulation, MixUp, ReduceLROnPlateau, SaveModelCallback,
                                  ShortEpochCallback, ShowGraphCallback, TrackerCallback)
@@ -176,31 +175,34 @@ def test_unwrapped_in_the_learner(dls, tmp_path):
     with torch.no_grad(): assert torch.allclose(back(x), bare.eval()(x), atol=1e-6)
     learn.plot_activations(n=2)
 
-def _trained_by_fastai(rank, port, d):
-    try: import accelerate  # noqa: F401
-    except ImportError:  # what fastai uses of it
-        class Accelerator:
-            def __init__(self, cpu=False): pass
-            def prepare(self, m): return nn.parallel.DistributedDataParallel(m)
-            def backward(self, loss): loss.backward()
-        sys.modules['accelerate'] = SimpleNamespace(Accelerator=Accelerator)
-    import fastai.distributed as fd
-    torch.set_num_threads(1)  # the threads of the parent do not exist in a fork
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2', RANK=str(rank), LOCAL_RANK=str(rank))
-    torch.distributed.init_process_group('gloo')
-    def broadcast(self, t, r):  # fastai's own asks for a GPU
-        t = torch.tensor(t); torch.distributed.broadcast(t, r); return t.tolist()
-    fd.DistributedDL._broadcast = broadcast
-    learn = tiny_learner(tiny_dls(steps=2), eval_every=1)
-    with learn.no_bar(), learn.no_logging(), learn.added_cbs(fd.DistributedTrainer(sync_bn=False, cpu=True)): learn.fit(1, 1e-3)
-    (d/f'{rank}.json').write_text(json.dumps([learn.recorder.values[-1][-2], 100*learn.retrieval().mAP, learn.retrieval_metrics.results.n_skipped]))
-    torch.distributed.destroy_process_group()
-
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='the processes are forked')
+_ddp = """
+import json, os, sys, types, torch
+try: import accelerate
+except ImportError:  # what fastai uses of it
+    class Accelerator:
+        def __init__(self, cpu=False): pass
+        def prepare(self, m): return torch.nn.parallel.DistributedDataParallel(m)
+        def backward(self, loss): loss.backward()
+    sys.modules['accelerate'] = types.SimpleNamespace(Accelerator=Accelerator)
+import fastai.distributed as fd
+from reid_fastai.test_utils import *
+rank = int(os.environ['RANK'])
+torch.distributed.init_process_group('gloo')
+def broadcast(self, t, r):  # fastai's own asks for a GPU
+    t = torch.tensor(t); torch.distributed.broadcast(t, r); return t.tolist()
+fd.DistributedDL._broadcast = broadcast
+learn = tiny_learner(tiny_dls(steps=2), eval_every=1)
+with learn.no_bar(), learn.no_logging(), learn.added_cbs(fd.DistributedTrainer(sync_bn=False, cpu=True)): learn.fit(1, 1e-3)
+json.dump([learn.recorder.values[-1][-2], 100*learn.retrieval().mAP, learn.retrieval_metrics.results.n_skipped], open(f'{sys.argv[1]}/{rank}.json', 'w'))
+torch.distributed.destroy_process_group()
+"""
 def test_fastais_distributed_trainer(tmp_path):
     "Each of two processes evaluates all images: both have the figure of the saved network in the table"
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    mp.start_processes(_trained_by_fastai, (port, tmp_path), nprocs=2, start_method='fork')  # which saves the imports
+    env = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2', OMP_NUM_THREADS='1')
+    ps = [subprocess.Popen([sys.executable, '-c', _ddp, str(tmp_path)], env=dict(env, RANK=str(r), LOCAL_RANK=str(r)), stderr=subprocess.PIPE) for r in (0,1)]
+    errs = [p.communicate(timeout=200)[1].decode()[-2000:] for p in ps]
+    assert [p.returncode for p in ps]==[0,0], errs
     a,b = [json.loads((tmp_path/f'{r}.json').read_text()) for r in (0,1)]
     assert a[0]==pytest.approx(b[0]) and a[0]==pytest.approx(a[1])
 
