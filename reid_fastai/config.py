@@ -47,7 +47,7 @@ class RunConfig:
     "Options of a training run"
     def __init__(self,
         data:str='synthetic', # 'synthetic', the folder of a dataset, or a CSV file with columns path, pid, split and, if known, camid
-        recipe:str='quick', # Defaults of the options below: 'quick', 'laptop' (a good model from an ordinary machine), 'paper' or 'published' (the authors' settings of a published network, such as osnet_x1_0)
+        recipe:str='quick', # Defaults of the options below: 'quick', 'laptop' (small images first, for a computer without a GPU), 'paper' or 'published' (the authors' settings of a published network, such as osnet_x1_0)
         arch:str=None, # Backbone, a convolutional network of timm or torchvision; default: the recipe's
         pretrained:str='imagenet', # Initial weights: 'imagenet', 'none', or a file with weights of the backbone or the model.safetensors of a run
         regions:int=None, # Number of horizontal strips, each with a branch: 2 in the paper, 0 for the light head; default: the recipe's

@@ -178,7 +178,8 @@ class Attached:
     @learn.setter
     def learn(self, learn):
         if learn is None: return self._detach()
-        if (former := self._learn) is not None and former is not learn:
+        if (former := self._learn) is learn and any(cb is self for cb in learn.cbs): raise ValueError(f'{self} is a callback of this Learner already, and would act twice. Add it once.')
+        if former is not None and former is not learn:
             warnings.warn(f'{self} belonged to another Learner, which has lost it now and would train without it. Make a callback for each Learner.')
             former.remove_cb(self)
         self._attach(learn)

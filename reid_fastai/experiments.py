@@ -75,7 +75,8 @@ def _check_grids(arms, grids):
     if len({len(v) for v in grids.values()})>1:
         raise ValueError(f'Different numbers of strengths, {({k: list(v) for k,v in grids.items()})}: give every regulariser the same number of strengths, so that the comparison is fair.')
     for k,v in grids.items():
-        if len(set(v))!=len(v) or len(v)==2: raise ValueError(f'{k}: {list(v)}; give one strength, which is then taken as it is, or at least three different ones.')
+        if len({f'{o:.4g}' for o in v})!=len(v) or len(v)==2: raise ValueError(f'{k}: {list(v)}; give one strength, which is then taken as it is, or at least three that differ in their first four digits.')
+        if len(v)>1 and 0 in v: raise ValueError(f'{k}: {list(v)}; a grid grows by ratios, so 0 cannot be tried. Leave it out; the arm `none` has no regulariser.')
 
 class Comparison:
     "Comparison of runs that differ only in the regulariser"
@@ -94,7 +95,7 @@ class Comparison:
         tune_distractors:float=0. # Share of the images of other training identities that are added to the held-out gallery as distractors
     ):
         if odd := set(strengths := ifnone(strengths, {}))-set(arms): raise ValueError(f'strengths: {sorted(odd)} are not among the arms, {list(arms)}.')
-        given = {a: [float(o) for o in v] for a,v in {**GRIDS, 'conventional':factors, 'adaptive':amplitudes, **strengths}.items()}
+        given = {a: [float(o) for o in (v if is_iter(v) else [v])] for a,v in {**GRIDS, 'conventional':factors, 'adaptive':amplitudes, **strengths}.items()}
         grids = {a: v for a,v in given.items() if a in arms}
         _check_grids(arms, grids)
         seeds = check_int('seeds', seeds, 1, 1000)
@@ -188,6 +189,7 @@ def run(self:Comparison
     by_leader(self.out.mkdir)(parents=True, exist_ok=True)
     with hold_folder(self.out),_again(self.out):
         self._begin()
+        self.rows = []  # an interrupted call has left its own
         strengths = self._strengths()
         for seed in range(self.cfg.seed, self.cfg.seed+self.seeds):
             for arm in sorted(self.arms, key=ALL_ARMS.index): self._test(arm, seed, strengths)

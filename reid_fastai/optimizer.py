@@ -85,6 +85,7 @@ def load_state_dict(self:FusedAdam,
     for p,s in zip(ps, sd['state']):
         self.state[p] = {k: s[k] for k in ('do_wd','force_train') if k in s}
         if 'step' not in s: continue
+        if self.opt.defaults['amsgrad']: s = {'max_sqr_avg': s['sqr_avg'], **s}  # a state of Adam without amsgrad has no maximum
         # PyTorch counts in float32, on the device where the update is fused
         step = torch.tensor(float(s['step']), dtype=torch.float32, device=p.device if self.opt.defaults['fused'] else 'cpu')
         self.opt.state[p] = dict(step=step, **{v: torch.empty_like(p).copy_(s[k]) for k,v in _names.items() if k in s})  # in the memory layout of `p`, which a fused update needs

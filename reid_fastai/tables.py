@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .comparison_results import *
 from .config import *
-from .core import brief
+from .core import DivergedError,brief
 from .data.datasets import *
 from .data.splits import ReIDSplits
 from .distributed import by_leader,told
@@ -68,7 +68,8 @@ def _paper_run(out, root, l2, arch, layout, options, device, workers):
     try: build_net(cfg)
     except ValueError as e: return f'skipped: {first(str(e).split(": "))}'
     print(f'\n{l2} {arch} {layout.name}')
-    return train_run(out/f'{layout.name}-{arch}-{l2}-seed{cfg.seed}', layout(found[0]), cfg, device, workers)
+    try: return train_run(out/f'{layout.name}-{arch}-{l2}-seed{cfg.seed}', layout(found[0]), cfg, device, workers)
+    except DivergedError: return 'diverged'
 
 # %% ../nbs/20b_tables.ipynb #9c38793d
 #: Other methods of the paper's table: name -> (name in `methods`, None if it is not available; (mAP, Rank-1) on Market-1501, DukeMTMC-reID and MSMT17)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from fastai.basics import *
 from fastai.callback.all import *
+from fastai.optimizer import ranger
 from fastai.tabular.all import TabularDataLoaders, tabular_learner, Normalize, Categorify
 from fastai.vision.all import ImageBlock, CategoryBlock, DataBlock, vision_learner
 from torch import nn
@@ -531,6 +532,44 @@ def test_two_processes_agree(tmp_path):
     mp.spawn(_worker, (port, tmp_path), nprocs=2)
     a,b = (json.loads((tmp_path/f'{rank}.json').read_text()) for rank in range(2))
     assert a==b and [len(o) for o in a]==[3,1]
+
+# ---- callbacks, optimizers and layers that change between fits
+
+@pytest.mark.parametrize('make', [ConventionalL2, AdaptiveL2, AutoL2, ArrayHistory, RotationControl])
+def test_a_callback_is_added_once(make):
+    "It would add its penalty twice"
+    learn = learner(cb := make())
+    for again in (lambda: learn.add_cb(cb), lambda: fit(learn, cbs=cb)):
+        with pytest.raises(ValueError, match='is a callback of this Learner already'): again()
+    assert sum(o is cb for o in learn.cbs)==1
+    fit(learn); learn.remove_cb(cb); fit(learn.add_cb(cb))
+
+def test_a_refused_callback_leaves_the_decay():
+    learn = fit(learner())
+    with pytest.raises(ValueError, match='no parameter array'): learn.add_cb(AdaptiveL2(.1, exclude='typo'))
+    assert decays(fit(learn))=={.01}
+
+def test_parameters_that_the_optimizer_lacks_are_named():
+    learn = fit(learner(ConventionalL2()))
+    learn.model[1] = nn.Linear(8, 1)
+    with pytest.warns(UserWarning, match='2 of the 6 trainable parameter arrays.*`learn.create_opt'): fit(learn)
+    learn.create_opt()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        fit(learn)
+
+@pytest.mark.parametrize('opt_func', [Adam, ranger])
+def test_theta_joins_an_optimizer_that_was_loaded(opt_func):
+    "Loading, also by `lr_find`, leaves fastai's optimizers without entries for new arrays"
+    learn = learner(opt_func=opt_func)
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(show_plot=False, num_it=10)
+    assert (fit(learn, 1, 'fit', 1e-2, cbs=AdaptiveL2(.1)).model.l2_theta<0).all()
+    fit(learn, 1, 'fit', 1e-2, cbs=AdaptiveL2(.1))
+
+def test_removal_keeps_a_new_splitter():
+    learn = learner(AdaptiveL2(.1))
+    learn.splitter = trainable_params
+    assert learn.remove_cb(AdaptiveL2).splitter is trainable_params
 
 # --- loggers
 

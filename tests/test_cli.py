@@ -367,3 +367,36 @@ def test_documented_commands_are_understood(cmd, args):
         return
     nets = [o for o in [*(opts.get('archs') or []), opts.get('arch') or ''] if o.startswith(('osnet','bat_net'))]
     assert not nets or opts.get('pretrained') not in (None,'imagenet'), f'{nets} have no pretrained weights'
+
+def test_a_comparison_that_is_run_again_has_each_run_once(monkeypatch, tmp_path, data):
+    "In the same process, interrupted and complete"
+    stop = [('adaptive',43)]
+    def train(self, stage, splits, arm, seed, strength):
+        if (arm,seed) in stop: raise KeyboardInterrupt
+        (d := self.out/f'{arm}-{seed}').mkdir(exist_ok=True)
+        (d/'metrics.csv').write_text('epoch,train_loss,mAP\n1,2.,30.\n')
+        self.rows.append(dict(stage=stage, arm=arm, strength=strength, seed=seed, mAP=30., ms_per_step=1., images_per_second=1., folder=d.name, **{'Rank-1':50.}))
+    monkeypatch.setattr(Comparison, '_train', train)
+    cmp = Comparison(tmp_path/'c', read_dataset(data), RunConfig(data, **tiny_args), ['conventional','adaptive'], seeds=2, factors=[.1], amplitudes=[.2])
+    with pytest.raises(KeyboardInterrupt): cmp.run()
+    stop.clear()
+    for _ in range(2): assert len(cmp.run())==4
+
+def test_grids_that_cannot_be_tried(tmp_path, data):
+    make = lambda **kw: Comparison(tmp_path/'c', read_dataset(data), RunConfig(data, **tiny_args), ['conventional','adaptive'], tune_pids=.25, **kw)
+    with pytest.raises(ValueError, match='0 cannot be tried'): make(factors=(0,1e-3,1e-2))
+    with pytest.raises(ValueError, match='first four digits'): make(factors=(.0025,.00250001,.01))
+    assert make(factors=.1, amplitudes=.2).grids==dict(conventional=[.1], adaptive=[.2])
+
+def test_a_diverged_row_of_the_papers_table(monkeypatch, tmp_path, data):
+    "The other rows are trained"
+    from reid_fastai import tables
+    class Fake:
+        name = 'Market-1501'
+        def roots(self, root): return [data]
+        def __call__(self, root): return root
+    def train(out, splits, cfg, *_):
+        if cfg.l2=='conventional': raise DivergedError('The loss is nan.')
+        return dict(mAP=1., reranked=dict(mAP=1., **{'Rank-1':1.}), **{'Rank-1':1.})
+    for k,v in dict(_datasets=(Fake(),), build_net=lambda cfg: None, train_run=train).items(): monkeypatch.setattr(tables, k, v)
+    assert list(tables.paper_table(tmp_path/'t', tmp_path).measured)==['diverged']+['1.0 / 1.0']*4

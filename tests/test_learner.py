@@ -1,5 +1,6 @@
 "`reid_learner` and what depends on it being whole"
 import json, os, pickle, re, socket, subprocess, sys, warnings
+from dataclasses import replace
 
 import numpy as np, pandas as pd, pytest, timm, torch
 from fastai.basics import CrossEntropyLossFlat, load_learner
@@ -18,6 +19,7 @@ from reid_fastai.interpret import *
 from reid_fastai.learner import *
 from reid_fastai.losses import ReIDLoss
 from reid_fastai.models import reid_splitter
+from reid_fastai.published import find_recipe
 from reid_fastai.test_utils import *
 
 @pytest.fixture(scope='module')
@@ -409,3 +411,14 @@ def test_pictures_of_named_cameras():
     res = RetrievalResults.from_embeddings(np.eye(2), ['a','b'], ['x','x'], np.eye(2), ['a','b'], ['y','y'])
     im = [np.zeros((8,4,3), np.uint8)]*2
     assert plot_ranked(res, im, im, k=9)[0,0].get_title().endswith('id a\ncam x')
+
+def test_skipped_epochs_are_neither_compared_nor_saved(tmp_path):
+    "The second phase of a published recipe skips the epochs of the first"
+    saved = []
+    class Save(SaveModelCallback):
+        def _save(self, name): saved.append(name)
+    recipe = replace(find_recipe('osnet_x1_0'), epochs=2, frozen_epochs=1)
+    learn = tiny_learner(tiny_dls(steps=1), eval_every=1, path=tmp_path)
+    with learn.no_bar(), learn.no_logging(): learn.fit_published(recipe, cbs=[Save('mAP', every_epoch=True), stop := EarlyStoppingCallback('mAP', patience=9)])
+    assert saved==['model_0','model_1'] and stop.best>0 and stop.run
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3, start_epoch=2, cbs=SaveModelCallback('mAP', fname='none'))

@@ -17,7 +17,7 @@ from reid_fastai.callback.regularizer import AdaptiveL2
 from reid_fastai.learner import paper_adam
 from reid_fastai.optimizer import FusedAdam
 import reid_fastai.schedules  # noqa: F401, gives learners their `fit_paper`
-from reid_fastai.test_utils import tiny_learner
+from reid_fastai.test_utils import tiny_dls, tiny_learner
 
 loop_adam = partial(Adam, **paper_adam.keywords)
 
@@ -139,3 +139,20 @@ def test_hypers_set_the_group_and_copies_do_not():
         o['lr'] = 9.
     assert opt.hypers[0]['lr']==.2
     assert copy.deepcopy(opt).hypers==opt.hypers
+
+def test_lr_find_is_no_epoch_of_a_checkpoint(tmp_path):
+    learn = tiny_learner(tiny_dls(steps=1), cbs=Checkpoint(tmp_path), path=tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        learn.lr_find(num_it=6, show_plot=False)
+        assert not learn.checkpoint.file.exists()
+        learn.fit(1, 1e-3)
+    assert list(learn.checkpoint.table.epoch)==[1]
+
+def test_amsgrad_goes_on_from_a_state_of_adam():
+    p = nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    a,b = (FusedAdam([p], lr=.1, amsgrad=o) for o in (False,True))
+    a.step()
+    b.load_state_dict(a.state_dict())
+    b.step()
+    assert b.state_dict()['state'][0]['max_sqr_avg'].max()>0

@@ -18,6 +18,7 @@ from reid_fastai.callback.regularizer import AdaptiveL2
 from reid_fastai.config import RunConfig
 from reid_fastai.core import unwrap
 from reid_fastai.learner import ReIDLearner, paper_adam
+from reid_fastai.optimizer import FusedAdam
 from reid_fastai.runs import check_compiler, make_learner
 from reid_fastai.shell import run_command
 from reid_fastai.cli import reid_train
@@ -202,3 +203,17 @@ def test_runs_of_earlier_versions_go_on(tmp_path):
     (tmp_path/'config.json').write_text(json.dumps({k: v for k,v in dict(wanted, dataset=dict(name='d', notes=['old'])).items() if k not in ('precision','compile')}))
     _check_same(tmp_path, wanted)
     with pytest.raises(ValueError, match="precision=None, but this call has 'bf16'"): _check_same(tmp_path, dict(wanted, precision='bf16'))
+
+def test_fits_after_an_interrupted_step(monkeypatch):
+    "The scale is kept, and not the step that was open"
+    monkeypatch.setattr(precision, 'supports_precision', lambda *_: True)
+    learn = small().to_fp16(init_scale=2.**9)
+    def interrupt(*_): raise KeyboardInterrupt
+    def cut():
+        with monkeypatch.context() as m:
+            m.setattr(FusedAdam, 'step', interrupt)
+            with pytest.raises(KeyboardInterrupt): fit(learn)
+    cut()
+    learn.mixed_precision._scaler.update(2.**11)
+    cut()
+    assert fit(learn).mixed_precision._scaler.get_scale()==2.**11

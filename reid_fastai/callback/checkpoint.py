@@ -42,6 +42,7 @@ class Checkpoint(PlainErrors, Callback):
 
     def before_epoch(self): self.trained = False
     def before_train(self):
+        if hasattr(self.learn, 'lr_finder'): return  # `lr_find` discards what it trains
         self.trained,self.start = True,time.perf_counter()
         if self.state is not None: self._restore()
     def after_batch(self): self.stop = time.perf_counter()

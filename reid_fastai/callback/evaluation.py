@@ -116,7 +116,7 @@ def _marks(learn):
 class RetrievalMetrics(PlainErrors, Callback):
     "Show mAP and Rank-1 in the training table, in per cent, and keep the results"
     order = 40  # before `Recorder` writes its row
-    _stateattrs,results,_of = ('results','_of'),None,None  # results are large and not exported with a learner
+    _stateattrs,results,_of,_paused = ('results','_of'),None,None,()  # results are large and not exported with a learner
     def __init__(self,
         every:int|None=None, # Epochs between evaluations, in addition to the last epoch; None: only the last epoch
         flip:bool=True # Whether to average the embeddings of an image and its mirror image
@@ -138,7 +138,15 @@ class RetrievalMetrics(PlainErrors, Callback):
             if hasattr(cb, 'log_preds'): cb.log_preds = False
         if not self.learn.lock.locked(): self._check_fit(self.learn.cbs, not hasattr(self.learn, 'lr_finder'))  # `validate` and `get_preds` hold the lock
 
-    def before_epoch(self): self.trained = False
+    def before_epoch(self):
+        self.trained = False
+        self._pause(False)
+    def after_cancel_epoch(self): self._pause(not self.trained)  # a skipped epoch, as in a resumed training, has no row to compare
+    def _pause(self, on):
+        for cb in self._paused: cb.run = True
+        self._paused = [cb for cb in self.learn.cbs if on and isinstance(cb, TrackerCallback) and cb.run]
+        for cb in self._paused: cb.run = False
+
     def before_train(self):
         self.trained = True
         if not hasattr(self.learn, 'lr_finder'): self.results = None

@@ -64,7 +64,8 @@ class ReIDPrecision(PlainErrors, MixedPrecision):
         device = next(self.model.parameters()).device
         precision = check_precision(self.amp_mode.value, device)
         self.autocast = torch.autocast(device.type, precisions[precision])
-        if self._scaler is None: self._scaler = GradScaler(device.type, **{**self.kwargs, 'enabled': precision=='fp16'})
+        former,self._scaler = self._scaler,GradScaler(device.type, **{**self.kwargs, 'enabled': precision=='fp16'})  # a new one, because a step that was interrupted would stay open in the former
+        if former is not None and former.is_enabled(): self._scaler.load_state_dict(former.state_dict())
         self.learn.scaler,self.scales = self._scaler,L()  # one scaler for all fits: a resumed training keeps its scale
 
     def before_batch(self):

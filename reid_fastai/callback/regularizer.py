@@ -6,6 +6,8 @@
 __all__ = ['check_opt', 'L2Callback', 'AdaptiveL2', 'ConventionalL2', 'AnnealedL2', 'find_l2']
 
 # %% ../../nbs/12_callback.regularizer.ipynb #fde4cceb
+import warnings
+
 import numpy as np
 import torch
 from fastai.callback.core import Callback
@@ -24,12 +26,15 @@ def _in_opt(learn): "Ids of the parameters that the optimizer has"; return {id(p
 def check_opt(
     learn:Learner # Learner that is about to train
 ):
-    "Raise `ValueError` if the optimizer has no trainable parameter of the network, as after `learn.model = other`"
+    "Raise `ValueError` if the optimizer has no trainable parameter of the network, as after `learn.model = other`; warn if it lacks some"
     if learn.opt is None: return  # as for `summary` and `tta`, which do not train
     own,has = {id(p) for n,p in unwrap(learn.model).named_parameters() if p.requires_grad and n!=THETA},_in_opt(learn)
     if own and not own & has:
         raise ValueError(f'The optimizer has {len(has)} parameter arrays, and none of the {len(own)} that the network would train; it was made for another network. '
                          'Make a new one with `learn.create_opt()`.')
+    if n := len(own-has):
+        warnings.warn(f'{n} of the {len(own)} trainable parameter arrays of the network are not in the optimizer, so they keep their values, as those of a layer that was exchanged. '
+                      'Make a new optimizer with `learn.create_opt()`, or freeze them with `requires_grad_(False)`.')
 
 # %% ../../nbs/12_callback.regularizer.ipynb #a31e041d
 class L2Callback(ArrayHistory):
@@ -47,7 +52,10 @@ class L2Callback(ArrayHistory):
             raise ValueError(f'{self} was added to a Learner that has {other} already. There would be two penalties on the same weights. Remove one with `remove_cb`.')
         if wd := chosen_wd(learn): refuse_wd(wd)
         if learn.opt is not None: drop_wd(learn.opt)
-        self._build(learn)
+        try: self._build(learn)
+        except ValueError:
+            restore_default_wd(learn, self)
+            raise
         drop_default_wd(learn)
         self._splitter = learn.splitter
         learn.splitter,self._learn = _ThetaLast(learn.splitter),learn
@@ -57,7 +65,7 @@ class L2Callback(ArrayHistory):
         if self._learn is None: return
         learn,self._learn = self._learn,None
         restore_default_wd(learn, self)
-        learn.splitter = self._splitter
+        if isinstance(learn.splitter, _ThetaLast): learn.splitter = self._splitter  # else the user has chosen another
         if self._hook: self._hook = self._hook.remove()
         if learn.opt is not None and (theta := getattr(self.regularizer, 'theta', None)) is not None: _take_out(learn.opt, theta)
         learn.metrics = [m for m in learn.metrics if m is not self._metric]
@@ -95,7 +103,9 @@ def _join(self:L2Callback):
         self._metric = ValueMetric(self.penalty, 'penalty')
         self.learn.metrics = self.learn.metrics + [self._metric]
     theta,opt = getattr(self.regularizer, 'theta', None),self.learn.opt
-    if theta is not None and opt is not None and not any(p is theta for g in opt.param_lists for p in g): opt.param_lists[-1].append(theta)
+    if theta is not None and opt is not None and not any(p is theta for g in opt.param_lists for p in g):
+        opt.param_lists[-1].append(theta)
+        opt.state.setdefault(theta, {})  # after `load` and `lr_find`, fastai's optimizers make no entries of their own
 
 @patch
 def before_fit(self:L2Callback):
