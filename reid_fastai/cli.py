@@ -7,6 +7,7 @@ __all__ = ['reid_train', 'reid_eval', 'reid_compare', 'reid_synth', 'main']
 
 # %% ../nbs/21_cli.ipynb #760a904f
 import contextlib,io,os,signal,sys,time,warnings
+from glob import escape
 from importlib.metadata import entry_points
 from inspect import signature
 from pathlib import Path
@@ -30,7 +31,7 @@ from .config import *
 from .core import *
 from .data.datasets import *
 from .data.memory import check_workers
-from .data.splits import check_search
+from .data.splits import DISTRACTOR_PID,check_search
 from .data.synthetic import *
 from .distributed import *
 from .evaluation.all import *
@@ -61,7 +62,7 @@ def _new_folder(out, default, again):
     launcher = 'TORCHELASTIC_RUN_ID' in os.environ  # `torchrun`, which restarts all processes if one of them has ended
     begun = lambda o: os.path.exists(Path(o)/'config.json')
     if again:
-        if was := first(o for o in ([out] if out else sorted(Path('runs').glob(f'{Path(default).name}-*-{os.getppid()}'), reverse=True)) if begun(o)): return Path(was)
+        if was := first(o for o in ([out] if out else sorted(Path('runs').glob(f'{escape(Path(default).name)}-*-{os.getppid()}'), reverse=True)) if begun(o)): return Path(was)
     out = Path(ifnone(out, f'{default}-{time.strftime("%Y%m%d-%H%M%S")}-{os.getppid() if launcher else os.getpid()}'))
     if os.path.lexists(out): raise ValueError(f'{out} exists already, and a run never overwrites another. Give another `--out`; `--resume {out}` resumes an interrupted run.')
     check_writable(out, folder=True)
@@ -130,13 +131,14 @@ def _kept_features(kept, of):
 
 def _shown(files, paths): "A line for each image, with its path and the checksum of its file"; return [f'{p} {checksum(read_bytes(f))}' for f,p in zip(files, paths)]
 
-def _embed(file, files, paths, flip, kept, device):
-    "Embeddings of the images `files`, from the file `kept` if it exists; each process embeds a part"
+def _embed(file, files, paths, flip, kept, device, check):
+    "Embeddings of the images `files`, from the file `kept` if it exists; each process embeds a part. `check` gets the length of an embedding before"
     of = dict(model=checksum(read_bytes(file)), images=checksum('\n'.join(_shown(files, paths) if kept else paths).encode()), n=str(len(files)), flip=str(flip))
     check_same('The model and its images', of)
     if (feats := _kept_features(kept, of)) is not None: return feats
-    mine = files[my_part(len(files), 64)]  # the embedder's batch size is 64
-    feats = join_parts(load_embedder(file, ifnone(device, 'cpu'))(mine, flip=flip))
+    embed,mine = load_embedder(file, ifnone(device, 'cpu')),files[my_part(len(files), 64)]  # the embedder's batch size is 64
+    check(embed(files[:1]).shape[1])
+    feats = join_parts(embed(mine, flip=flip))
     if kept: save_tensors(kept, {'features':feats}, of)
     return feats
 
@@ -144,6 +146,12 @@ def _queries(results, splits, df):
     "Table of the queries, with metrics in per cent, the names of identities, and the image of each query"
     res = results.per_query()
     return res.assign(AP=100*res.AP, INP=100*res.INP, pid=[splits.pid_names.get(o, o) for o in res.pid], path=df.path[df.split=='query'].to_numpy())
+
+def _n_nonmatch(df):
+    "Number of non-matching pairs of queries and gallery images in the rows `df`"
+    q,g = (df[df.split==o] for o in ('query','gallery'))
+    q = q[q.pid!=DISTRACTOR_PID]
+    return len(q)*len(g)-int(g.pid.value_counts().reindex(q.pid, fill_value=0).sum())
 
 _verification = [f'verification.{o}' for o in ('json','csv','png')]
 
@@ -197,17 +205,20 @@ def reid_eval(
         check_search(splits := load_splits(data))
         print(splits)
         df,files = search_rows(splits)
-        found = [search(_embed(file, files, df.path, flip, features, device), df, metric)]
+        def check(d):
+            if rerank: check_rerank(len(df), d)
+            if verify: L(far).map(_check_far, n=_n_nonmatch(df), what='non-matching pairs')
+        found = [search(_embed(file, files, df.path, flip, features, device, by_leader(check)), df, metric)]
         print(f'\n{found[0]}')
         if rerank:
             found.append(found[0].rerank())
             print(f'\nre-ranked: {found[1]}')
         if verify:
             pairs = found[0].verification()
-            for o in L(far): _check_far(o, pairs.n_nonmatch, 'non-matching pairs')
+            L(far).map(_check_far, n=pairs.n_nonmatch, what='non-matching pairs')
         if csv: atomic_write(csv, _queries(found[-1], splits, df).to_csv(index=False))
         if out:
-            write_json(Path(out)/'evaluation.json', dict(result_figures(found[0]), model=str(file), data=data, metric=metric, flip=flip, **({'reranked': result_figures(found[1])} if rerank else {})))
+            write_json(Path(out)/'evaluation.json', dict(result_figures(found[0]), model=str(file), data=str(data), metric=metric, flip=flip, **({'reranked': result_figures(found[1])} if rerank else {})))
             by_leader(save_ranked)(found[-1], df, files, Path(out)/'ranked.png')
         if verify: _verify(pairs, shown, file, data, flip, far)
     return found[-1]

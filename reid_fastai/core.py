@@ -92,14 +92,22 @@ def progress(
     return tqdm(it, desc=desc, total=total, delay=1.5, leave=False, dynamic_ncols=True, disable=bool(ranks.rank) or (False if in_notebook() else None))
 
 # %% ../nbs/00_core.ipynb #d70ff566
+# Of control groups v2 and v1: their folder, the group of this process in /proc/self/cgroup, and where the limit, the use, and the cache within it stand
+_cgroups = (('/sys/fs/cgroup', r'^0::(/.*)$', 'memory.max', 'memory.current', r'\binactive_file (\d+)'),
+            ('/sys/fs/cgroup/memory', r'^\d+:(?:\S+,)?memory(?:,\S+)?:(/.*)$', 'memory.limit_in_bytes', 'memory.usage_in_bytes', r'\btotal_inactive_file (\d+)'))
+
 def free_memory(
     ) -> int|None: # Bytes; None if unknown
-    "Free memory of the machine, or what is left of the container's memory limit if that is less"
+    "Free memory of the machine, or what is left of the memory limit of the container or job if that is less"
     def f(path, pattern): return int(m[1]) if os.path.exists(path) and (m := re.search(pattern, Path(path).read_text())) else None
-    kb,group = f('/proc/meminfo', r'MemAvailable:\s+(\d+)'),'/sys/fs/cgroup/memory'
-    limit,used,cache = f(f'{group}.max', r'(\d+)'),f(f'{group}.current', r'(\d+)'),f(f'{group}.stat', r'\binactive_file (\d+)')  # the cache of files can be freed
-    left = None if limit is None else max(0, limit-max(0, (used or 0)-(cache or 0)))
-    return min((o for o in (kb and 1024*kb, left) if o is not None), default=None)
+    kb,groups = f('/proc/meminfo', r'MemAvailable:\s+(\d+)'),Path('/proc/self/cgroup').read_text() if os.path.exists('/proc/self/cgroup') else ''
+    left = [] if kb is None else [1024*kb]
+    for root,line,limit,used,cache in _cgroups:
+        own = Path(m[1] if (m := re.search(line, groups, re.M)) else '/')
+        for d in (f'{root}{o}'.rstrip('/') for o in (own, *own.parents)):  # a limit of a group above holds too
+            if (most := f(f'{d}/{limit}', r'(\d+)')) is None: continue
+            left.append(max(0, most-max(0, (f(f'{d}/{used}', r'(\d+)') or 0)-(f(f'{d}/memory.stat', cache) or 0))))  # the cache of files can be freed
+    return min(left, default=None)
 
 # %% ../nbs/00_core.ipynb #1c648f1a
 def keep_freed_memory():

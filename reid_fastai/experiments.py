@@ -76,7 +76,7 @@ def _check_grids(arms, grids):
         raise ValueError(f'Different numbers of strengths, {({k: list(v) for k,v in grids.items()})}: give every regulariser the same number of strengths, so that the comparison is fair.')
     for k,v in grids.items():
         if len({f'{o:.4g}' for o in v})!=len(v) or len(v)==2: raise ValueError(f'{k}: {list(v)}; give one strength, which is then taken as it is, or at least three that differ in their first four digits.')
-        if len(v)>1 and 0 in v: raise ValueError(f'{k}: {list(v)}; a grid grows by ratios, so 0 cannot be tried. Leave it out; the arm `none` has no regulariser.')
+        if k=='conventional' and len(v)>1 and 0 in v: raise ValueError(f'{k}: {list(v)}; a grid grows by ratios, so 0 cannot be tried. Leave it out; the arm `none` has no regulariser.')
 
 class Comparison:
     "Comparison of runs that differ only in the regulariser"

@@ -56,7 +56,7 @@ def atomic_dir(
     try:
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            tmp = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', suffix='.tmp', dir=path.parent))
+            tmp = Path(tempfile.mkdtemp(prefix=f'.{path.name[:40]}.', suffix='.tmp', dir=path.parent))
         with _writing(path):
             yield tmp
             tmp.chmod(0o777 & ~_umask())
@@ -79,7 +79,7 @@ def atomic_write(
     path,data = Path(path),data.encode() if isinstance(data, str) else data
     with _writing(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd,tmp = tempfile.mkstemp(prefix=f'.{path.name}.', suffix='.tmp', dir=path.parent)
+        fd,tmp = tempfile.mkstemp(prefix=f'.{path.name[:40]}.', suffix='.tmp', dir=path.parent)
         try:
             with os.fdopen(fd, 'wb') as f:
                 f.write(data)

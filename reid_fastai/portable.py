@@ -191,6 +191,8 @@ def export_net(
 ) -> dict: # Metadata of the file, and the measured 'difference' and 'cosine'
     "Write a network and its preprocessing into one file, after a comparison with PyTorch"
     check_export(path, format, pixels, int8)
+    if images.dtype!=torch.uint8 or images.ndim!=4 or images.shape[1]!=3 or not len(images):
+        raise ValueError(f'images: {images.dtype} of shape {tuple(images.shape)}; needed uint8 of shape (n, 3, height, width), n at least 1. Convert floats in [0, 1] by `(255*x).round().byte()`.')
     m,path = PortableNet(net, pixels, flip, normalize).eval(),Path(path)
     meta = dict(notes, format=format, version=__version__, torch=torch.__version__, arch=m.net.arch, n_features=m.net.n_features, size=list(images.shape[2:]), pixels=pixels,
         input=PIXELS[pixels], **{o: [round(v, 6) for v in getattr(m.net, o).flatten().tolist()] for o in ("mean","std")}, flip=flip, normalize=normalize, int8=int8, **(dict(opset=_opset) if format=='onnx' else {}))

@@ -196,6 +196,7 @@ def train_run(
         keep_freed_memory()
         learn = make_learner(splits, cfg, out, device, workers)
         if not begun:
+            if cfg.rerank: by_leader(check_rerank)(len(search_rows(splits)[0]), unwrap(learn.model).n_features)
             by_leader(_begin)(out, asked)
             stack.enter_context(hold_folder(out))
         with _kept(out):

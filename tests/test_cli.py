@@ -13,10 +13,10 @@ from reid_fastai.config import RunConfig
 from reid_fastai.core import DivergedError
 from reid_fastai.data.datasets import read_dataset
 from reid_fastai.data.synthetic import make_synthetic
-from reid_fastai.evaluation.verification import read_verification
+from reid_fastai.evaluation.all import RetrievalResults, read_verification
 from reid_fastai.experiments import Comparison
 from reid_fastai.export import save_model
-from reid_fastai.files import read_json, write_json
+from reid_fastai.files import atomic_write, check_writable, read_json, write_json
 from reid_fastai.models import build_reid_net
 from reid_fastai.shell import _parse
 from forks import command, fork
@@ -400,3 +400,46 @@ def test_a_diverged_row_of_the_papers_table(monkeypatch, tmp_path, data):
         return dict(mAP=1., reranked=dict(mAP=1., **{'Rank-1':1.}), **{'Rank-1':1.})
     for k,v in dict(_datasets=(Fake(),), build_net=lambda cfg: None, train_run=train).items(): monkeypatch.setattr(tables, k, v)
     assert list(tables.paper_table(tmp_path/'t', tmp_path).measured)==['diverged']+['1.0 / 1.0']*4
+
+# ---- what cannot work is refused before the long part
+
+@pytest.mark.parametrize('kw,words', [(dict(rerank=True), 'Re-ranking'), (dict(verify=True, far=1e-9), 'too few for this rate')])
+def test_eval_refuses_before_it_embeds(run, tmp_path, monkeypatch, kw, words):
+    from reid_fastai.evaluation import rerank
+    monkeypatch.setattr(rerank, 'free_memory', lambda: 1000)
+    monkeypatch.setattr(cli, 'join_parts', lambda *_: pytest.fail('all images were embedded'))
+    with pytest.raises(ValueError, match=words): reid_eval(run, out=tmp_path/'e', **kw)
+
+def test_pairs_are_counted_before_the_search(data):
+    df,_ = results.search_rows(splits := read_dataset(data))
+    emb = torch.randn(len(df), 4)
+    q,g = ((df.split==o).to_numpy() for o in ('query','gallery'))
+    res = RetrievalResults.from_embeddings(emb[q], df.pid[q], df.camid[q], emb[g], df.pid[g], df.camid[g])
+    assert cli._n_nonmatch(df)==res.verification().n_nonmatch
+
+def test_eval_takes_a_path(run, tmp_path, data):
+    reid_eval(run, Path(data), out=tmp_path/'e', quiet=True)
+    assert read_json(tmp_path/'e'/'evaluation.json')['data']==data
+
+def test_reranking_that_cannot_work_is_refused_before_training(tmp_path, data):
+    s = read_dataset(data)
+    q = s.query[:3]
+    g = s.gallery[s.gallery.pid.isin(q.pid)].groupby('pid').head(3)
+    df = pd.concat([s.train, q, g])
+    df.assign(path=[str(s.root/o) for o in df.path]).to_csv(tmp_path/'small.csv', index=False)
+    with pytest.raises(ValueError, match='k1=20, k2=6: with 12 images'): reid_train(str(tmp_path/'small.csv'), out=tmp_path/'r', rerank=True, **tiny_args)
+    assert not (tmp_path/'r').exists()
+
+@pytest.mark.parametrize('name', ['market','market[1]'])
+def test_a_restart_finds_its_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (d := Path(f'runs/{name}-net-20260101-000000-{os.getppid()}')).mkdir(parents=True)
+    (d/'config.json').write_text('{}')
+    assert cli._new_folder(None, Path('runs')/f'{name}-net', True)==d
+
+@pytest.mark.parametrize('name', ['x'*250, '歩'*82])
+def test_what_is_writable_can_be_written(name, tmp_path):
+    "Names that leave no room for a temporary ending"
+    check_writable(tmp_path/name)
+    atomic_write(tmp_path/name, 'a')
+    assert (tmp_path/name).read_text()=='a' and len(list(tmp_path.iterdir()))==1

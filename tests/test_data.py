@@ -19,6 +19,7 @@ import reid_fastai.data.block as block
 import reid_fastai.data.memory as memory
 from reid_fastai.data.augment import EraseEach, MirrorEach, PadCropEach, erase_boxes, reid_augs
 from reid_fastai.data.block import ReIDDataLoaders, read_image
+from reid_fastai.data.boxes import column_values
 from reid_fastai.data.csv_files import read_numbers
 from reid_fastai.data.datasets import CUHK03, MSMT17, DukeMTMC, Market1501, detect_layout, layouts, read_dataset
 from reid_fastai.data.image import image_list, open_image
@@ -260,19 +261,23 @@ def test_an_unreadable_folder_is_named(tmp_path):
         with pytest.raises(ValueError, match='/b cannot be read: Permission denied'): list_images([tmp_path])
     finally: (tmp_path/'b').chmod(0o755)
 
-def test_free_memory_of_a_container(tmp_path, monkeypatch):
-    "Its limit without what it uses; the cache of files can be freed"
+_group = '/sys/fs/cgroup'
+@pytest.mark.parametrize('files,want', [
+    ({f'{_group}/memory.max': '8000000', f'{_group}/memory.current': '6000000', f'{_group}/memory.stat': 'anon 5\nslab_inactive_file 1\ninactive_file 1000000\n'}, 3_000_000),
+    ({f'{_group}/memory.max': '8000000', f'{_group}/memory.current': '9999999'}, 0),
+    ({f'{_group}/memory.max': 'max', '/proc/meminfo': 'MemFree: 1 kB\nMemAvailable:  2000 kB\n'}, 2_048_000),
+    ({'/proc/self/cgroup': '0::/slurm/job_7\n', f'{_group}/slurm/job_7/memory.max': '8000000', f'{_group}/slurm/job_7/memory.current': '6000000'}, 2_000_000),
+    ({'/proc/self/cgroup': '0::/slurm/job_7\n', f'{_group}/slurm/job_7/memory.max': 'max', f'{_group}/slurm/memory.max': '5000000'}, 5_000_000),
+    ({'/proc/self/cgroup': '4:cpu,memory:/job\n0::/\n', f'{_group}/memory/job/memory.limit_in_bytes': '8000000', f'{_group}/memory/job/memory.usage_in_bytes': '7000000'}, 1_000_000),
+    ({}, None)])
+def test_free_memory(files, want, monkeypatch):
+    "Of a machine, a container and a job: the limit without what is used; the cache of files can be freed"
     import reid_fastai.core as core
-    group = {'max': '8000000', 'current': '6000000', 'stat': 'anon 5\nslab_inactive_file 1\ninactive_file 1000000\n'}
     class Fake(type(Path())):
-        def read_text(self, *args): return group[self.name.split('.')[1]] if 'cgroup' in str(self) else super().read_text(*args)
+        def read_text(self, *args): return files[str(self)]
     monkeypatch.setattr(core, 'Path', Fake)
-    monkeypatch.setattr(core.os.path, 'exists', lambda o: True)
-    assert core.free_memory()==3_000_000
-    group['current'] = '9999999'
-    assert core.free_memory()==0
-    group['max'] = 'max'
-    assert core.free_memory()>10**8
+    monkeypatch.setattr(core.os.path, 'exists', lambda o: str(o) in files)
+    assert core.free_memory()==want
 
 def test_one_image_for_a_test_loader(market):
     dls = make_dls(market)
@@ -576,7 +581,7 @@ def test_junk_is_nowhere(tmp_path, market):
     d = ReIDDataLoaders.from_df(df, market, **KW)
     assert JUNK_PID not in d.vocab and len(d.train_ds)==31
 
-@pytest.mark.parametrize('kind', [float, str, object, 'string'])
+@pytest.mark.parametrize('kind', [float, str, object, 'string', 'category'])
 def test_junk_and_distractors_are_known_whatever_the_column_s_kind(market, kind):
     df = read_dataset(market).df
     df.loc[df.index[df.split=='gallery'][:3],'pid'] = [JUNK_PID, DISTRACTOR_PID, DISTRACTOR_PID]
@@ -677,6 +682,19 @@ def plain_table(root, n=6):
 def plain(tmp_path_factory):
     root = tmp_path_factory.mktemp('plain')
     return root,plain_table(root)
+
+def test_numbers_that_may_have_been_rounded(plain):
+    "As floats, and by spreadsheets: different identities can have become equal"
+    root,df = plain
+    a,rest = 20230101123456788,list(df.pid[2:])
+    says(lambda: ReIDSplits(df.assign(pid=[float(a),float(a+1),*map(float, rest)]), 'x'), 'pid', 'Read the column as integers')
+    assert ReIDSplits(df.assign(pid=[a,a+1,*rest]), 'x').df.pid[0]==a
+    df.assign(pid=df.pid.astype(str).replace('1', '2.02301E+11')).to_csv(root/'e.csv', index=False)
+    assert any('spreadsheets' in o for o in read_dataset(root/'e.csv').notes)
+
+def test_labels_of_tensors_and_float32():
+    for o in (torch.tensor([3,4]), np.array([3,4], np.float32), [torch.tensor(3), np.float32(4)]): assert column_values('pid', o, 2)==['3','4']
+    assert column_values('pid', torch.tensor(3), 2)==['3','3']
 
 csv_ways = st.fixed_dictionaries(dict(kind=st.sampled_from([int, float, str, object]), sep=st.sampled_from([',', ';', '\t', '|']), end=st.sampled_from(['\n', '\r\n']),
     header=st.sampled_from([str, str.upper, str.title, lambda o: f' {o} ', lambda o: f' {o.upper()}']), encoding=st.sampled_from(['utf-8', 'utf-8-sig']),

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from fastai.torch_core import TensorImage
 from pandas.testing import assert_frame_equal
 
 import reid_fastai.evaluation.counting as counting
@@ -523,3 +524,18 @@ def test_curves_of_arms_can_be_told_apart(shown):
     ax = plot_strengths(runs)
     ax.figure.canvas.draw()
     assert [o.get_text() for o in ax.get_xticklabels()]==['0.002','0.01','0.05'] and not any(o.get_text() for o in ax.get_xticklabels(minor=True))
+
+def test_junk_as_text_is_said():
+    with pytest.warns(UserWarning, match="'-1' as text"): build(np.eye(2), ['0007','0008'], [0,0], np.eye(2), ['0007','-1'], [1,1])
+
+def test_single_shot_with_negative_identities():
+    "Each distractor counts alone, whatever the numbers of the identities"
+    q,g = np.float32([[1,0,0]]),np.float32([[.2,1,0],[.9,.1,0],[.8,.2,0],[.1,0,1]])
+    f = lambda o: build(q, [7], [0], g, [7,0,o,0], [1]*4).single_shot_cmc(4).tolist()
+    assert f(-2)==f(9)==[0,0,1,1]
+
+@pytest.mark.parametrize('metric', ['cosine','euclidean'])
+def test_fastai_tensors(metric):
+    "The output of any network for a batch of the loaders"
+    p = problem(3, 20, 80, 8, 6, 3, False)
+    assert (build(TensorImage(p[0]), *p[1:3], TensorImage(p[3]), *p[4:], metric=metric).ranks==build(*p, metric=metric).ranks).all()

@@ -371,3 +371,10 @@ def test_deep_sort_example(net, images, tmp_path):
     enc = space['ImageEncoder'](str(tmp_path/'a.onnx'), 'images', 'features')  # as DeepSORT calls it
     assert tuple(enc.image_shape[:2])==size and enc.feature_dim==192 and enc(np.zeros((0, *size, 3), np.uint8)).shape==(0,192)
     np.testing.assert_allclose(enc(as_taken(images, 'opencv'), batch_size=4), oracle(net, images), atol=1e-4)
+
+@pytest.mark.parametrize('x', [torch.rand(7,3,64,32), torch.zeros(0,3,64,32, dtype=torch.uint8), torch.zeros(3,64,32, dtype=torch.uint8)])
+def test_images_of_an_export_are_bytes(x, tmp_path):
+    "Floats in [0, 1] would be divided by 255 again, and compared as nearly black images"
+    net = build_reid_net('test_resnet', 5, regions=0, pretrained=False).eval()
+    with pytest.raises(ValueError, match='needed uint8'): export_net(net, tmp_path/'a.torchscript', x, format='torchscript')
+    assert not list(tmp_path.iterdir())

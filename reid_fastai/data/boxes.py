@@ -32,8 +32,10 @@ def column_values(
 ) -> list: # `n` texts, floats, or for `camid` integers; None where it is not known
     "Check the values of a column and convert them to one type"
     if name not in _columns: raise ValueError(f'{name!r} is not a column. The columns are {", ".join(_columns)}.')
-    if isinstance(values, (str,Path,int,float,np.generic)) or values is None: values = [values]*n
-    values = list(values)
+    plain = lambda o: o.tolist() if hasattr(o, 'tolist') else o  # tensors, arrays and numbers of NumPy
+    values = plain(values)
+    if isinstance(values, (str,Path,int,float)) or values is None: values = [values]*n
+    values = [plain(o) for o in values]
     if len(values)!=n: raise ValueError(f'{name}: {len(values)} values for {n} images; one for each is needed, or a single one for all.')
     def f(i, o):
         if pd.isna(o): return None

@@ -52,6 +52,8 @@ def _parse(text):
         if o in df: df[o] = (s := df[o].str.strip()).mask(s=='')
     odd = [f'{o!r} is `{_plain(o)}`' for o in (o.removeprefix('"').removesuffix('"') for o in columns) if o!=_plain(o)]
     odd += [f'{n!r} in `{c}` is a name' for c in ('pid','camid') if c in df for n in sorted(o for o in set(df[c].dropna()) if o.lower() in _blanks)]
+    cut = lambda s: sorted({o for o in s.dropna() if re.fullmatch(r'\d(\.\d+)?[eE]\+?\d{2}', o)})
+    odd += [f'{x[0]!r} in `{c}` is read as {float(x[0]):.0f} (spreadsheets shorten long numbers so, and different ones become equal)' for c in ('pid','camid') if c in df and (x := cut(df[c]))]
     return df, ([f'columns are separated by {_seps[sep]}'] if sep!=',' else []) + odd
 
 # %% ../../nbs/04a_data.csv_files.ipynb #3dbed7dd

@@ -34,7 +34,7 @@ def _check_splits(df, name):
     if odd := sorted(set(df.split)-set(_splits), key=str): raise ValueError(f'{name}: `split` contains {brief(odd)}; it must be one of {_splits}.')
 
 def _check_digits(df, name):
-    "Raise `ValueError` for identities and cameras that do not fit into 64 bits"
+    "Raise `ValueError` for identities and cameras that do not fit into 64 bits, or that may have been rounded"
     for c in ('pid','camid'):
         if c not in df or df[c].dtype.kind=='i': continue
         text = df[c].map(lambda o: f'{o:.0f}' if isinstance(o, float) else str(o))
@@ -42,6 +42,9 @@ def _check_digits(df, name):
             at = long.to_numpy().argmax()
             v = text.iloc[at].lstrip('-')
             raise ValueError(f'{name}: {brief(df.path.iloc[at], 60)} has {c} {brief(v, 30)} of {len(v)} digits; a number has at most 18. Write it as a name, such as "p{v[:6]}…".')
+        v = df[c].infer_objects()
+        if v.dtype.kind=='f' and (v.abs()>=(most := 2**(np.finfo(v.dtype).nmant+1))).any():
+            raise ValueError(f'{name}: {c} has floats of {most:,} or more, which skip whole numbers, so different values can be equal. Read the column as integers or text.')
 
 def _check_files(df, name, files):
     "Raise `ValueError` for images listed twice; `files` are numbers, equal for rows of the same file"
@@ -58,6 +61,7 @@ def _check_files(df, name, files):
 # %% ../../nbs/04_data.splits.ipynb #0bb584bb
 def _number(values, first=1):
     "Numbers of `values` and a dict of names by number; whole numbers are kept, other values are numbered in order from `first`"
+    if isinstance(values.dtype, pd.CategoricalDtype): values = values.astype(values.cat.categories.dtype)
     values = values.infer_objects()
     if pd.api.types.is_integer_dtype(values) or (pd.api.types.is_float_dtype(values) and (values%1==0).all()): return values.astype('int64'), {}
     codes,names = pd.factorize(values.astype(str), sort=True)

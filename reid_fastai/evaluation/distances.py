@@ -25,7 +25,7 @@ def as_feats(
     name:str='features' # Name in error messages
 ) -> Tensor: # (n, d) floating-point tensor
     "Convert `x` to a tensor; `ValueError` unless it is a matrix of finite numbers"
-    x = x.detach() if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))
+    x = x.detach().as_subclass(Tensor) if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))
     if x.ndim!=2 or not x.shape[1]: raise ValueError(f'{name}: shape {tuple(x.shape)}; needed (images, numbers per image). For one image pass `x[None]`.')
     if not x.is_floating_point(): x = x.float()
     if len(x) and not torch.isfinite(torch.stack(torch.aminmax(x))).all():

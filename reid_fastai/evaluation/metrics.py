@@ -89,7 +89,7 @@ def single_shot_cmc(self:RetrievalResults,
     if k<1 or repeats<1: raise ValueError(f'k={k}, repeats={repeats}: both must be at least 1.')
     pids = self._g[0].cpu()
     alone = pids==DISTRACTOR_PID
-    who = torch.where(alone, -1-torch.arange(len(pids)), pids).unique(return_inverse=True)[1]
+    who = torch.where(alone, pids.max()+1+torch.arange(len(pids)), pids).unique(return_inverse=True)[1]
     gen,hits = torch.Generator().manual_seed(seed),np.zeros(k)
     for _,keys,row,col in progress(self._keys(), 'Drawing', -(-len(self)//self.dists.chunk_size)):
         keys,(has,first_of) = keys.cpu(),np.unique(row.cpu(), return_index=True)

@@ -148,6 +148,8 @@ def from_embeddings(cls:RetrievalResults,
     q_pids,q_camids = (_labels(o, len(q_feats), n) for o,n in ((q_pids,'q_pids'), (q_camids,'q_camids')))
     g_pids,g_camids = (_labels(o, len(g_feats), n) for o,n in ((g_pids,'g_pids'), (g_camids,'g_camids')))
     _warn_unknown(q_camids, g_camids)
+    if g_pids.dtype.kind=='U' and (n := int((g_pids==str(JUNK_PID)).sum())):
+        warnings.warn(f"{n} gallery images have the identity '{JUNK_PID}' as text, which is a name here and not junk. Convert all identities to integers to mark junk.")
     keep = _not_junk(g_pids)
     if not len(keep): raise ValueError(f'The gallery is empty: {len(g_feats)} images, {len(g_feats)-len(keep)} of them junk (pid {JUNK_PID}).')
     if len(keep)<len(g_feats): g_feats = g_feats[torch.as_tensor(keep, device=g_feats.device)]
