@@ -81,6 +81,8 @@ def turn_arrays(
     keep:str='both' # 'angle' to set the angle, 'norm' to restore the norm before the step, 'both' for both
 ):
     "Turn each array by a given angle from its old value towards the optimizer's result"
+    if not len(ws)==len(olds)==len(angles): raise ValueError(f'{len(ws)} arrays, {len(olds)} old arrays and {len(angles)} angles: pass one old array and one angle for each array.')
+    if not ws: return
     size = 1 if ws[0].device.type=='cpu' else len(ws)  # on a CPU one at a time, so that an array stays in the cache
     if ws[0].device.type=='mps': angles = angles.float()  # Apple's GPUs have no float64
     for i in range(0, len(ws), size): _turn_together(ws[i:i+size], olds[i:i+size], angles[i:i+size].to(ws[0].device, non_blocking=True), per_channel, keep)

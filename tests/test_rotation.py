@@ -486,3 +486,8 @@ def test_summary_of_a_run(tmp_path):
     res = train_run(tmp_path/'whole', splits, cfg)
     assert np.allclose([res['lambda_min'],res['lambda_mean']], [lam.min(),lam.mean()]) and res['arrays']==len(lam)
     assert f'over {len(lam)} parameter arrays' in (tmp_path/'whole'/'summary.md').read_text()
+
+def test_each_array_has_an_angle():
+    w = torch.ones(3, 2)
+    turn_arrays([], [], torch.tensor([]))
+    with pytest.raises(ValueError, match='2 arrays, 1 old arrays and 2 angles'): turn_arrays([w, w], [w], torch.ones(2))
