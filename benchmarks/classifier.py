@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 
 from reid_fastai.callback.all import *
 from reid_fastai.comparison_results import markdown_table, paired_difference
+from reid_fastai.files import check_writable
 
 steps_of_5 = [5.**i for i in range(-2, 4)]
 #: Regulariser -> (function that makes the callback, strengths)
@@ -28,7 +29,7 @@ def loaders(images):
     keep = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))[:images+1000]
     x,y = torch.tensor(digits.images[keep], dtype=torch.float32)[:,None]/16,torch.tensor(digits.target[keep])
     parts = [list(zip(x[s], y[s])) for s in (slice(images), slice(images, None))]
-    return DataLoaders.from_dsets(*parts, bs=30, val_bs=1000, num_workers=0, device='cpu')
+    return DataLoaders.from_dsets(*parts, bs=min(30, images), val_bs=1000, num_workers=0, device='cpu')
 
 def net(): return nn.Sequential(ConvLayer(1, 16), ConvLayer(16, 32, stride=2), ConvLayer(32, 32), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 10))
 
@@ -41,8 +42,12 @@ def accuracy_of(cbs, a, seed):
 
 def main(a):
     print(f'torch {torch.__version__}, fastai {fastai.__version__}; {a.images} images, {a.epochs} epochs, one cycle up to {a.lr}, seeds 0 to {a.seeds-1}', flush=True)
-    df = pd.DataFrame([dict(arm=arm, strength=v, seed=seed, accuracy=accuracy_of(make(v), a, seed)) for arm,(make,vs) in ARMS.items() for v in vs for seed in range(a.seeds)])
-    if a.csv: df.to_csv(a.csv, index=False)
+    if a.csv: check_writable(a.csv)
+    rows = []
+    for arm,v,seed in [(arm, v, seed) for arm,(_,vs) in ARMS.items() for v in vs for seed in range(a.seeds)]:
+        rows.append(dict(arm=arm, strength=v, seed=seed, accuracy=accuracy_of(ARMS[arm][0](v), a, seed)))
+        if a.csv: pd.DataFrame(rows).to_csv(a.csv, index=False)
+    df = pd.DataFrame(rows)
     auto,rows = df[df.arm=='auto, default'].set_index('seed').accuracy,[]
     for arm,o in df.groupby('arm', sort=False):
         best = o.groupby('strength').accuracy.mean().idxmax()

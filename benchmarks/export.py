@@ -3,7 +3,7 @@
     python benchmarks/export.py [--arch tf_efficientnet_lite0] [--size 256 128] [--bs 1 32] [--rounds 7] [--threads 2]
 
 The rounds alternate, so that a change of the machine's load meets all of them; a figure is the median over the rounds, and a ratio is that of the medians.
-PyTorch computes as `load_embedder` does: channels last, in inference mode. Images are bytes for all.
+PyTorch computes as `load_embedder` does: channels last, without gradients. Images are bytes for all.
 """
 import argparse, os, statistics, tempfile, time
 from pathlib import Path
@@ -33,7 +33,7 @@ net = build_reid_net(args.arch, 751, regions=0, pretrained=False, size=tuple(arg
 files = sorted((make_synthetic(tiny=True)/'bounding_box_train').glob('*.jpg'))
 images = torch.from_numpy(np.stack([np.asarray(Image.open(o).convert('RGB').resize(args.size[::-1])).transpose(2, 0, 1) for o in files]))
 
-@torch.inference_mode()
+@torch.no_grad()
 def pytorch(x): return net(x/255)
 
 with tempfile.TemporaryDirectory() as d:

@@ -68,4 +68,6 @@ if __name__=='__main__':
     p.add_argument('--arch', default='tf_efficientnet_lite0')
     p.add_argument('--bs', type=int, default=16, help='images in a batch, a multiple of 4; on a CPU the network itself needs much memory')
     p.add_argument('--steps', type=int, default=10)
-    main(p.parse_args())
+    a = p.parse_args()
+    if a.bs<4 or a.bs%4: p.error(f'--bs {a.bs}: a multiple of 4 is needed, because each identity has 4 images')
+    main(a)

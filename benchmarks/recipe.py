@@ -7,6 +7,7 @@ Every training is evaluated twice: with its embeddings, and with the embeddings 
 A row is added to FILE.csv after each training. Trainings that have a row are not repeated, so the command can be interrupted and given again.
 """
 import argparse, sys, time
+from inspect import signature
 
 import pandas as pd
 import torch
@@ -22,7 +23,7 @@ from torch import nn
 from options import add_set, chosen, positive, setting
 from rows import Rows
 from reid_fastai.comparison_results import markdown_table
-from reid_fastai.config import RunConfig
+from reid_fastai.config import RIVALS, RunConfig
 from reid_fastai.core import keep_freed_memory
 from reid_fastai.callback.evaluation import search
 from reid_fastai.callback.regularizer import L2Callback
@@ -77,6 +78,11 @@ def drop_path(learn):
 def averaged(learn): learn.add_cb(Averaged(.99))
 
 def no(cfg): return {}
+def half(cfg):
+    "Half the strength, given or default, of any regulariser"
+    k = dict(adaptive='amplitude', conventional='factor').get(cfg.l2, 'strength')
+    if k=='strength' and cfg.l2 not in RIVALS: raise ValueError(f"half strength: l2={cfg.l2} has none. Leave 'half strength' out of --changes.")
+    return {k: .5*(getattr(cfg, k) or next(iter(signature(RIVALS[cfg.l2]).parameters.values())).default)}
 
 #: Change -> (what it is, function that changes the learner or None, function of the options that gives other options)
 CHANGES = {
@@ -94,7 +100,7 @@ CHANGES = {
     'stride': ('last stage with stride 2', stride, no),
     'more people': ('twice the identities per batch, half the images of each', None, lambda c: dict(n_pids=2*c.n_pids, n_imgs=c.n_imgs//2)),
     'fewer people': ('half the identities per batch, twice the images of each', None, lambda c: dict(n_pids=c.n_pids//2, n_imgs=2*c.n_imgs)),
-    'half strength': ('half the strength of the regulariser', None, lambda c: dict(strength=.005)),
+    'half strength': ('half the strength of the regulariser', None, half),
     'half rate': ('half the learning rate', None, lambda c: dict(lr=c.lr/2)),
     'double rate': ('twice the learning rate', None, lambda c: dict(lr=2*c.lr))}
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from reid_fastai.core import DivergedError
 from reid_fastai.files import atomic_write, check_writable
 
 class Rows(list):
@@ -28,8 +29,11 @@ class Rows(list):
         for seed in seeds:
             for name in names:
                 if self.has(**{key: name, 'seed': seed}): continue
-                self.add({key: name, 'seed': seed, **train(name, seed)})
+                try: row = train(name, seed)
+                except DivergedError as e: print(f'{name}, seed {seed}, has no row: {e}', flush=True); continue
+                self.add({key: name, 'seed': seed, **row})
                 print({k: self[-1][k] for k in (key,'seed',*shown)}, flush=True)
+        if not self: raise ValueError('No training has a result.')
 
     def add(self, row):
         "Add a row, and write the file"

@@ -137,7 +137,7 @@ def _kept_features(kept, of):
 def _shown(files, paths): "A line for each image, with its path and the checksum of its file"; return [f'{p} {checksum(read_bytes(f))}' for f,p in zip(files, paths)]
 
 def _embed(file, files, paths, flip, kept, device, check):
-    "Embeddings of the images `files`, from the file `kept` if it exists; each process embeds a part. `check` gets the length of an embedding before"
+    "Embeddings of the images `files`, from the file `kept` if it exists; each process embeds a part. Before that, `check` gets the length of an embedding"
     of = dict(model=checksum(read_bytes(file)), images=checksum('\n'.join(_shown(files, paths) if kept else paths).encode()), n=str(len(files)), flip=str(flip))
     check_same('The model and its images', of)
     if (feats := _kept_features(kept, of)) is not None: return feats

@@ -175,8 +175,8 @@ def jobs(tmp_path_factory):
            dict(name='bad option', n=2, argv=train('bad', '--amplitude', '0')), dict(name='odd batch', n=4, argv=train('bad', '--n-pids', '6')), dict(name='many', n=4, argv=train('bad', '--n-pids', '2')),
            dict(name='no data', n=2, argvs=[train('bad'), ['reid-train', str(d/'nothing'), *train('bad')[2:]]]), dict(name='other data', n=2, argvs=[train('bad'), ['reid-train', other, *train('bad')[2:]]]),
            dict(name='exists', n=2, argv=train('one')), dict(name='help', n=2, argv=['reid-train', '--help']), dict(name='no command', argv=['train']),
-           dict(name='kill 1', n=2, argv=train('kill1'), kill=[1, 'kill1/metrics.csv', 3]), dict(name='resume 1', n=2, argv=resume('kill1')),
-           dict(name='kill 0', n=2, argv=train('kill0'), kill=[0, 'kill0/metrics.csv', 3]), dict(name='resume 0', n=4, argv=resume('kill0'))]
+           dict(name='kill 1', n=2, argv=train('kill1'), kill=[1, 'kill1/metrics.csv', 2]), dict(name='resume 1', n=2, argv=resume('kill1')),
+           dict(name='kill 0', n=2, argv=train('kill0'), kill=[0, 'kill0/metrics.csv', 2]), dict(name='resume 0', n=4, argv=resume('kill0'))]
     (d/'jobs.json').write_text(json.dumps([dict(o, cwd=str(d)) for o in res]))
     subprocess.run([sys.executable, here/'several.py', d/'jobs.json'], check=True, env=env)
     return SimpleNamespace(dir=d, **{'all': {o['name']: SimpleNamespace(**o) for o in json.loads((d/'jobs.json').read_text())}})
@@ -215,7 +215,7 @@ def test_a_comparison_of_several_processes(jobs):
 def test_an_error_is_said_once_and_ends_all(jobs, name, words):
     job = jobs.all[name]
     said = [l for o in job.err for l in o.splitlines()]
-    assert len(said)==1 and words in said[0] and len(said[0])<=300 and set(job.codes)=={2} and job.seconds<20, (said, job.codes, job.seconds)
+    assert len(said)==1 and words in said[0] and len(said[0])<=300 and set(job.codes)=={2} and job.seconds<50, (said, job.codes, job.seconds)
     assert not (jobs.dir/'bad').exists()
 
 def test_help_is_shown_once(jobs): assert jobs.all['help'].codes==[0,0] and [o.count('usage:') for o in jobs.all['help'].out]==[1,0]
@@ -224,7 +224,7 @@ def test_help_is_shown_once(jobs): assert jobs.all['help'].codes==[0,0] and [o.c
 def test_a_killed_process(jobs, rank):
     "The others end at once and say how to go on; the run goes on with the same number of processes to the same bytes, and with another number"
     job,again,d = jobs.all[f'kill {rank}'],jobs.all[f'resume {rank}'],jobs.dir/f'kill{rank}'
-    assert job.codes[rank]==-9 and job.codes[1-rank]==2 and job.seconds<20
+    assert job.codes[rank]==-9 and job.codes[1-rank]==2 and job.seconds<50
     said = job.err[1-rank].splitlines()
     assert said==[f'reid-train: error: Another process of this group has ended, so this one cannot continue. The run is kept in kill{rank}; resume it with `reid-train --resume kill{rank}`.']
     assert set(again.codes)=={0} and len(pd.read_csv(d/'metrics.csv'))==3, again.err

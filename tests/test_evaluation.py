@@ -4,7 +4,7 @@ import os, warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from fastai.torch_core import TensorImage
 from pandas.testing import assert_frame_equal
 
@@ -409,12 +409,16 @@ def test_rerank(metric, k1, k2, lam):
         ap.append((right.cumsum()/np.arange(1, 91))[right].mean())
     assert abs(res.mAP-np.mean(ap))<1e-4
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(seed=st.integers(0,2**31), n_q=st.integers(1,12), n_g=st.integers(2,40), k=st.integers(1,12), k2=st.integers(1,6), noise=st.floats(.05, 2))
 def test_rerank_any_size(seed, n_q, n_g, k, k2, noise):
     k1 = min(k, n_q+n_g-1)
     p = crowd(seed, n_q, n_g, ids=5, noise=noise)
     p[3][-1] = -p[0][0]  # where the farthest image is near, distances relative to it magnify rounding
+    x = np.concatenate([p[0], p[3]]).astype(np.float64)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    D = np.sort(1-x@x.T, axis=1)
+    for o in {k1, int(np.around(k1/2)), min(k2, k1+1)-1}: assume(o+1>=len(D) or (D[:,o+1]-D[:,o]).min()>5e-7)  # float32 does not tell who the last neighbour is
     want = dense_rerank(p[0], p[3], k1, min(k2, k1+1), .3)
     np.testing.assert_allclose(torch.cat([o for _,o in build(*p).rerank(k1, min(k2, k1+1)).dists.blocks()]), want, atol=1e-5)
 
