@@ -1324,6 +1324,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'reid_fastai.losses._plain': ('losses.html#_plain', 'reid_fastai/losses.py')},
             'reid_fastai.models.backbone': { 'reid_fastai.models.backbone._body': ( 'models.backbone.html#_body',
                                                                                     'reid_fastai/models/backbone.py'),
+                                             'reid_fastai.models.backbone._builder': ( 'models.backbone.html#_builder',
+                                                                                       'reid_fastai/models/backbone.py'),
                                              'reid_fastai.models.backbone._chain': ( 'models.backbone.html#_chain',
                                                                                      'reid_fastai/models/backbone.py'),
                                              'reid_fastai.models.backbone._create': ( 'models.backbone.html#_create',

@@ -236,6 +236,8 @@ def has(self:Gallery,
 def _approximate(self:Gallery, q, k, n, where):
     "Row ids (photos, k) and distances from the index, among `n` images; rows added after it was built are compared one by one"
     ids,dists = np.full((len(q), k), -1),np.full((len(q), k), np.inf)
+    if self.metric=='cosine' and (zero := first((q==0).all(1).nonzero().flatten().tolist())) is not None:
+        raise ValueError(f'The embedding of photo {zero+1} is zero, which the index cannot search for by cosine distance. Search exactly, or leave this photo out.')
     ef = max(150, 3*k, round(.75*n**.5))  # in a larger graph, the same recall takes more candidates
     with _database(self.path):
         for i,o in enumerate(q.numpy()):

@@ -31,9 +31,10 @@ def as_image(
     o:str|Path|Image.Image|np.ndarray|Tensor # Path, PIL image, array (h, w, 3) or tensor (3, h, w)
 ) -> np.ndarray: # (h, w, 3) for `imshow`
     "Convert an image to an array"
-    if isinstance(o, (str,Path,Image.Image)): return np.asarray(open_image(o))
-    if isinstance(o, Tensor): return o.detach().cpu().permute(1,2,0).numpy()
-    return np.asarray(o)
+    if isinstance(o, (str,Path,bytes,bytearray,Image.Image)): return np.asarray(open_image(o))
+    a = o.detach().cpu().permute(1,2,0).numpy() if isinstance(o, Tensor) else np.asarray(o)
+    if a.ndim==2: a = a[...,None]
+    return a.repeat(3, 2) if a.shape[2]==1 else a  # `imshow` would show grey images in false colours
 
 def _getter(imgs, n, name):
     "A function that gives image `i`"
@@ -137,7 +138,7 @@ def activation_maps(
 ) -> Tensor: # (b, h, w), scaled to a maximum of 1 per image
     "Norm of the global branch's features at each position of the image"
     model = unwrap(model)
-    with hook_output(model.global_stage) as hook,evaluating(model): model(x)
+    with hook_output(model.global_stage) as hook,evaluating(model),torch.compiler.set_stance('force_eager'): model(x)  # a compiled network would not call the hook
     maps = F.interpolate(hook.stored.float().norm(dim=1, keepdim=True), x.shape[-2:], mode='bilinear')[:,0]
     return maps/maps.amax((1,2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
 

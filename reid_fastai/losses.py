@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.all import *
 from pytorch_metric_learning.distances import CosineSimilarity,LpDistance
-from pytorch_metric_learning.losses import TripletMarginLoss
+from pytorch_metric_learning.losses import CrossBatchMemory,TripletMarginLoss
 from pytorch_metric_learning.miners import BatchHardMiner,TripletMarginMiner
 from pytorch_metric_learning.reducers import MeanReducer
 from torch import nn
@@ -39,7 +39,8 @@ class MinedTriplet(nn.Module):
     ):
         for k,v,ok in (('mining', mining, ('hard','semihard')), ('metric', metric, ('euclidean','cosine'))):
             if v not in ok: raise ValueError(f'{k}={v!r}: it must be one of {list(ok)}.')
-        if mining=='semihard' and margin is None: raise ValueError("mining='semihard' needs a margin. Pass one, such as margin=0.3.")
+        if mining=='semihard' and not (margin is not None and margin>0):
+            raise ValueError(f"margin={margin}: mining='semihard' needs a margin above 0, because it takes only triplets within the margin. Pass one, such as margin=0.3.")
         super().__init__()
         dist = EuclideanDistance() if metric=='euclidean' else CosineSimilarity()
         self.miner = BatchHardMiner(distance=dist) if mining=='hard' else TripletMarginMiner(margin, type_of_triplets='semihard', distance=dist)
@@ -90,6 +91,8 @@ def forward(self:ReIDLoss,
         zeros = _plain(out)[:,:0].sum(1, dtype=torch.float32)  # an empty sum: `out*0` would be NaN where `out` is infinite
         return zeros if self.reduction=='none' else zeros.sum()
     embs,logits = out
+    if len(embs)>1 and isinstance(self.triplet, CrossBatchMemory):
+        raise ValueError(f'CrossBatchMemory would compare embeddings of the {len(embs)} branches with each other, because all branches share its memory. Use a network with one branch (`regions=0`), or a loss without memory.')
     pid = _plain(pid).long()
     terms = {}
     for name,emb,logit in zip(_branch_names(len(embs)), embs, logits):

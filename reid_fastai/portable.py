@@ -127,7 +127,7 @@ def _runner(data, format, device='cpu'):
     ort = _need('onnxruntime')
     opts,gpu = ort.SessionOptions(),'CUDAExecutionProvider'
     opts.intra_op_num_threads,opts.log_severity_level = torch.get_num_threads(),3
-    s = ort.InferenceSession(data, opts, providers=[gpu]*(torch.device(device).type=='cuda' and gpu in ort.get_available_providers())+['CPUExecutionProvider'])
+    s = ort.InferenceSession(data, opts, providers=[(gpu, dict(device_id=torch.device(device).index or 0))]*(torch.device(device).type=='cuda' and gpu in ort.get_available_providers())+['CPUExecutionProvider'])
     return lambda x: torch.from_numpy(s.run(None, {'images': x.numpy()})[0])
 
 # %% ../nbs/17a_portable.ipynb #429ca8ca

@@ -177,7 +177,7 @@ def _figure(thumb, lines, path, kind=''):
 def _said(row):
     "Lines of text for a found image"
     box = '' if pd.isna(row.get('x1')) else 'box ' + ', '.join(f'{row[c]:g}' for c in _box)
-    return [f'{row["rank"]}. {row["distance"]:.4f} {_mark(row)}', _known(row['pid']), '' if pd.isna(row.get('camid')) else f'camera {row["camid"]:g}',
+    return [f'{row["rank"]}. {row["distance"]:.4f} {_mark(row)}', _known(row['pid']), '' if pd.isna(row.get('camid')) else f'camera {int(row["camid"])}',
             '' if pd.isna(row.get('time')) else f'time {row["time"]:.15g}', _name(row['path']), box]
 
 @patch

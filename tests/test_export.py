@@ -378,3 +378,10 @@ def test_images_of_an_export_are_bytes(x, tmp_path):
     net = build_reid_net('test_resnet', 5, regions=0, pretrained=False).eval()
     with pytest.raises(ValueError, match='needed uint8'): export_net(net, tmp_path/'a.torchscript', x, format='torchscript')
     assert not list(tmp_path.iterdir())
+
+def test_onnx_on_the_chosen_gpu(monkeypatch):
+    seen = []
+    monkeypatch.setattr(ort, 'get_available_providers', lambda: ['CUDAExecutionProvider','CPUExecutionProvider'])
+    monkeypatch.setattr(ort, 'InferenceSession', lambda data, opts, providers: seen.extend(providers))
+    portable._runner(b'', 'onnx', 'cuda:1')
+    assert seen[0]==('CUDAExecutionProvider', {'device_id': 1})

@@ -652,3 +652,16 @@ def test_without_the_database(cmd, bad_home, monkeypatch, shell):
     res = shell(*cmd.split())
     assert res.returncode==2 and "pip install 'reid_fastai[search]'" in res.err and len(res.err.splitlines())==1, res.err
     assert not (bad_home/'new').exists()
+
+@pytest.fixture
+def small(tmp_path):
+    "A gallery of nine embeddings"
+    save_model(build_reid_net('resnet10t', 5, regions=0, pretrained=False), tmp_path/'m.safetensors', (64,32))
+    return Gallery.create(tmp_path/'m.safetensors', tmp_path/'g').add(torch.rand(9, 512), camid=10**6+1)
+
+def test_camera_in_full(small, tmp_path):
+    small.search(torch.rand(1, 512), k=1).to_html(tmp_path/'o.html')
+    assert 'camera 1000001<' in (tmp_path/'o.html').read_text(encoding='utf-8')
+
+def test_a_zero_embedding_is_named(small):
+    with pytest.raises(ValueError, match='is zero'): small.index().search(torch.zeros(1, 512), k=2, exact=False)

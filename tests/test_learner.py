@@ -18,7 +18,7 @@ from reid_fastai.export import load_model, save_model
 from reid_fastai.interpret import *
 from reid_fastai.learner import *
 from reid_fastai.losses import ReIDLoss
-from reid_fastai.models import reid_splitter
+from reid_fastai.models import build_reid_net, reid_splitter
 from reid_fastai.published import find_recipe
 from reid_fastai.test_utils import *
 
@@ -422,3 +422,15 @@ def test_skipped_epochs_are_neither_compared_nor_saved(tmp_path):
     with learn.no_bar(), learn.no_logging(): learn.fit_published(recipe, cbs=[Save('mAP', every_epoch=True), stop := EarlyStoppingCallback('mAP', patience=9)])
     assert saved==['model_0','model_1'] and stop.best>0 and stop.run
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3, start_epoch=2, cbs=SaveModelCallback('mAP', fname='none'))
+
+def test_maps_of_a_compiled_network():
+    net,x = build_reid_net('resnet10t', 5, regions=0, pretrained=False).eval(),torch.rand(2, 3, 64, 32)
+    want = activation_maps(net, x)
+    net.compile(backend='eager')
+    with torch.no_grad(): net(x)
+    assert torch.equal(activation_maps(net, x), want)
+
+def test_grey_images():
+    grey = np.arange(8, dtype=np.uint8).reshape(4, 2)
+    want = np.stack([grey]*3, 2)
+    for o in grey,grey[...,None],torch.tensor(grey)[None],Image.fromarray(grey): assert np.array_equal(as_image(o), want)

@@ -4,9 +4,10 @@ import math, pickle
 import pytest
 import torch
 from fastai.torch_core import TensorCategory, TensorImage
+from pytorch_metric_learning.losses import CrossBatchMemory, TripletMarginLoss
 from hypothesis import given, settings, strategies as st
 
-from reid_fastai.losses import BatchHardTriplet, EuclideanDistance, ReIDLoss
+from reid_fastai.losses import BatchHardTriplet, EuclideanDistance, MinedTriplet, ReIDLoss
 from reid_fastai.models import ReIDOutput
 
 def slow_triplet(emb, pid):
@@ -118,3 +119,12 @@ def test_pickle():
 @pytest.mark.parametrize('eps', [-.1, 1., 1.5])
 def test_bad_smoothing(eps):
     with pytest.raises(ValueError, match=f'label_smoothing={eps}'): ReIDLoss(label_smoothing=eps)
+
+@pytest.mark.parametrize('margin', [None,0,-1.,float('nan')])
+def test_semihard_margin(margin):
+    with pytest.raises(ValueError, match='needs a margin'): MinedTriplet('semihard', margin)
+
+def test_memory_of_one_branch():
+    pid,loss = torch.arange(4).repeat_interleave(2),ReIDLoss(triplet=CrossBatchMemory(TripletMarginLoss(), 6))
+    loss(([torch.rand(8, 6)], [torch.zeros(8, 4)]), pid)
+    with pytest.raises(ValueError, match='CrossBatchMemory'): loss(([torch.rand(8, 6)]*2, [torch.zeros(8, 4)]*2), pid)

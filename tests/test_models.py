@@ -10,6 +10,7 @@ import torchvision
 from fastai.torch_core import TensorImage, to_detach, to_float
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
 from reid_fastai.models import weights
@@ -312,3 +313,34 @@ def test_file_of_the_future(tmp_path):
     f = save_model(build(), tmp_path/'m.safetensors', (64,32))
     save_file(load_file(f), f, {'reid_fastai': json.dumps({**read_meta(f), 'format': 99})})
     with pytest.raises(ValueError, match='is of format 99'): load_model(f)
+
+def test_googlenet_statistics():
+    "torchvision's GoogLeNet with weights converts its input"
+    x,tf = torch.rand(2, 3, 8, 8),torchvision.models.GoogLeNet_Weights.DEFAULT.transforms()
+    mean,std = (torch.tensor(o).view(3, 1, 1) for o in (tf.mean, tf.std))
+    want = torchvision.models.googlenet(transform_input=True, init_weights=False)._transform_input((x-mean)/std)
+    net = build_reid_net('googlenet', 5, regions=0, pretrained=False)
+    torch.testing.assert_close((x-net.mean)/net.std, want)
+
+def test_statistics_of_a_run(tmp_path):
+    "Weights of a run come with the mean and std it was trained with"
+    net = build_reid_net('resnet10t', 5, regions=0, pretrained=False)
+    net.mean.fill_(.5)
+    f = save_model(net, tmp_path/'m.safetensors', (64,32))
+    assert torch.equal(build_reid_net('resnet10t', 7, regions=0, pretrained=f).mean, net.mean)
+
+def test_foreign_function():
+    def resnet18(**kwargs): return timm.create_model('resnet18', norm_layer=lambda c, **k: torch.nn.GroupNorm(8, c))
+    for f in resnet18,torchvision.models.quantization.resnet50:
+        with pytest.raises(ValueError, match='would be built in its place'): resolve_arch(f)
+    assert resolve_arch(timm.models.resnet50)=='resnet50.tv_in1k' and resolve_arch(torchvision.models.resnet50)=='torchvision/resnet50'
+
+def test_wrapped_and_averaged_weights(tmp_path):
+    m = timm.create_model('resnet10t')
+    sd,want = m.state_dict(),m.state_dict()['layer4.0.conv1.weight']
+    worse = {k: 0*v for k,v in sd.items()}
+    for i,ckpt in enumerate((torch.nn.DataParallel(m).state_dict(), AveragedModel(m).state_dict(), torch.compile(m).state_dict(),
+                             dict(state_dict=worse, state_dict_ema=sd), dict(model=worse, model_ema=AveragedModel(m).state_dict()))):
+        torch.save(ckpt, f := tmp_path/f'{i}.pth')
+        net = build_reid_net('resnet10t', 5, regions=0, pretrained=f)
+        assert torch.equal(net.global_stage.layer4_0.conv1.weight, want), i

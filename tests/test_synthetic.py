@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 import reid_fastai.data.synthetic as synthetic
-from reid_fastai.data.datasets import Market1501
+from reid_fastai.data.datasets import Market1501, read_dataset
 from reid_fastai.data.synthetic import *
 
 def digest(path):
@@ -95,3 +95,8 @@ def test_hostile_arguments(tmp_path):
     (p/'synthetic.json').write_bytes(b'\xff\xfe')
     refused(lambda: make_synthetic(p, tiny=True), 'Pass another folder')
     assert not (tmp_path/'t').exists()
+
+def test_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert make_synthetic('~/toy', tiny=True)==tmp_path/'toy' and len(read_dataset('~/toy').df)

@@ -318,7 +318,7 @@ def make_synthetic(
     "Render the synthetic benchmark, unless the folder already contains it"
     seed,n_jobs = check_int('seed', seed),check_int('n_jobs', ifnone(n_jobs, os.cpu_count() or 1), 1, 1024)
     d,cached = dict(_tiny if tiny else _full, seed=seed, version=_version),path is None
-    path = Path(ifnone(path, cache_home()/f'synthetic{"-tiny" if tiny else ""}-v{_version}-seed{seed}'))
+    path = Path(os.path.expanduser(ifnone(path, cache_home()/f'synthetic{"-tiny" if tiny else ""}-v{_version}-seed{seed}')))
     note = json.dumps(d)
     def done():
         try: return (path/'synthetic.json').read_bytes()==note.encode()

@@ -23,6 +23,13 @@ _plain_resnets = {f'resnet{n}' for n in (18,34,50,101,152)}
 _tv = 'torchvision/'
 methods = {}  # Published networks by name, see `register_method`
 
+def _builder(name):
+    "Function that builds the network of that name; None if there is none"
+    if name in methods: return methods[name].build
+    if timm.is_model(name): return timm.model_entrypoint(name)
+    tv = name.removeprefix(_tv)
+    return torchvision.models.get_model_builder(tv) if tv in torchvision.models.list_models(module=torchvision.models) else None
+
 def resolve_arch(
     arch:str|Callable # Name of a published network or of a model in timm or torchvision, or a function of either that builds a model
 ) -> str: # A name of `methods`, a name in timm, or `torchvision/` followed by a name in torchvision
@@ -30,6 +37,9 @@ def resolve_arch(
     name,models = arch,torchvision.models.list_models(module=torchvision.models)
     if callable(arch): name = (_tv if arch.__module__.startswith('torchvision') else '')+getattr(arch, '__name__', repr(arch))
     if not isinstance(name, str): raise ValueError(f'arch={arch!r} must be the name of an architecture, or a function that builds one.')
+    if callable(arch) and _builder(name) not in (None, arch):
+        raise ValueError(f'{arch.__module__}.{arch.__name__} is not the {name!r} of this library, timm or torchvision, which would be built in its place. '
+                         "Register yours under a name of its own (`register_method`, or timm's `register_model`), or pass a name.")
     if name in methods: return name
     if name in _plain_resnets: return f'{name}.tv_in1k'
     if timm.is_model(name):

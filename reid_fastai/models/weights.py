@@ -40,9 +40,9 @@ def _read_weights(path):
     if Path(path).suffix=='.safetensors': sd = load_tensors(path)[0]
     else:
         with torch.serialization.safe_globals(_numpy_numbers): sd = load_plain(read_bytes(path), path)
-    while isinstance(sd, dict) and (k := first(o for o in ('state_dict','model') if isinstance(sd.get(o), dict))): sd = sd[k]
+    while isinstance(sd, dict) and (k := first(o for o in ('state_dict_ema','model_ema','state_dict','model') if isinstance(sd.get(o), dict))): sd = sd[k]
     if not isinstance(sd, dict): raise ValueError(f'{path} contains a {type(sd).__name__}, not weights; needed a dict of arrays by name.')
-    return sd
+    return {re.sub(r'^(module\.|_orig_mod\.)+', '', k): v for k,v in sd.items()}  # of `DataParallel`, averages of weights and `torch.compile`
 
 # %% ../../nbs/03a_models.weights.ipynb #2dd3ba20
 def _answers(url):
@@ -115,7 +115,7 @@ def load_backbone(
         if any(k.startswith('trunk.') for k in sd):  # weights of a run's model
             parts = nn.ModuleDict(dict(trunk=trunk, global_stage=stage))
             _load_weights(parts, name, [*parts.state_dict()], {k:v for k,v in sd.items() if k.startswith(('trunk.','global_stage.'))}, source)
-            return trunk,stage,n,_stats(m, name)
+            return trunk,stage,n,{**_stats(m, name), **{k: tuple(sd[k].flatten().tolist()) for k in ('mean','std') if k in sd}}
         mine = {id(t) for o in (trunk,stage) for t in o.state_dict(keep_vars=True).values()}
         keys = [k for k,t in m.state_dict(keep_vars=True).items() if id(t) in mine]
         _load_weights(m, name, keys, sd, source)
@@ -123,6 +123,7 @@ def load_backbone(
 
 def _stats(m, name):
     "Mean and standard deviation of the backbone's training images"
+    if hasattr(m, 'transform_input'): return dict(mean=(.5,)*3, std=(.5,)*3)  # torchvision's GoogLeNet with weights converts its input to this range in `forward`
     if not name.startswith(_tv): return {k:v for k,v in getattr(m, 'pretrained_cfg', {}).items() if k in ('mean','std')}
     try: tfm = torchvision.models.get_model_weights(name.removeprefix(_tv)).DEFAULT.transforms()
     except AttributeError: return {}
