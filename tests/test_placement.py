@@ -81,5 +81,6 @@ def test_processes_exchange_tensors_of_cpu_and_gpu(gpu, backend, monkeypatch):
     monkeypatch.setattr(d.dist, 'rendezvous', lambda url: iter([(None, 0, 2)]))
     monkeypatch.setattr(d, '_one_start', lambda *args: None)
     monkeypatch.setattr(d.dist, 'init_process_group', lambda backend, **kw: seen.append(backend))
+    monkeypatch.setattr(d.dist, 'all_reduce', lambda x: seen.append(x.device.type))
     d._join()
-    assert seen==[backend]
+    assert seen==[backend,'cpu']
