@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 from reid_fastai.callback.all import *
 from reid_fastai.comparison_results import markdown_table, paired_difference
-from reid_fastai.files import check_writable
+from reid_fastai.files import atomic_write, check_writable
 
 steps_of_5 = [5.**i for i in range(-2, 4)]
 #: Regulariser -> (function that makes the callback, strengths)
@@ -46,7 +46,7 @@ def main(a):
     rows = []
     for arm,v,seed in [(arm, v, seed) for arm,(_,vs) in ARMS.items() for v in vs for seed in range(a.seeds)]:
         rows.append(dict(arm=arm, strength=v, seed=seed, accuracy=accuracy_of(ARMS[arm][0](v), a, seed)))
-        if a.csv: pd.DataFrame(rows).to_csv(a.csv, index=False)
+        if a.csv: atomic_write(a.csv, pd.DataFrame(rows).to_csv(index=False))
     df = pd.DataFrame(rows)
     auto,rows = df[df.arm=='auto, default'].set_index('seed').accuracy,[]
     for arm,o in df.groupby('arm', sort=False):

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np, pandas as pd
 
-from options import add_set, chosen, positive, setting
 from fastai.torch_core import set_seed
+
+from options import add_set, chosen, positive, setting
 from reid_fastai.callback.evaluation import search
 from reid_fastai.comparison_results import markdown_table
 from reid_fastai.config import RunConfig

@@ -95,7 +95,7 @@ CHANGES = {
     'no triplet': ('cross-entropy alone', lambda learn: setattr(learn, 'loss_func', ReIDLoss(triplet=False)), no),
     'patch': ('random patches of other images', patch, no),
     'colours': ('random brightness, contrast and saturation', colours, no),
-    'drop path': ('residual branches left out at random, up to 20 % of the time in the last block', drop_path, no),
+    'drop path': ('residual branches left out at random, with probabilities that rise from 0 in the first block to just below 0.2 in the last', drop_path, no),
     'average': ('moving average of the weights, decay 0.99', averaged, no),
     'stride': ('last stage with stride 2', stride, no),
     'more people': ('twice the identities per batch, half the images of each', None, lambda c: dict(n_pids=2*c.n_pids, n_imgs=c.n_imgs//2)),

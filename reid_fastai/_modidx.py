@@ -1523,6 +1523,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'reid_fastai.models.rga._rga': ('models.rga.html#_rga', 'reid_fastai/models/rga.py')},
             'reid_fastai.models.weights': { 'reid_fastai.models.weights._answers': ( 'models.weights.html#_answers',
                                                                                      'reid_fastai/models/weights.py'),
+                                            'reid_fastai.models.weights._bare': ( 'models.weights.html#_bare',
+                                                                                  'reid_fastai/models/weights.py'),
                                             'reid_fastai.models.weights._cached': ( 'models.weights.html#_cached',
                                                                                     'reid_fastai/models/weights.py'),
                                             'reid_fastai.models.weights._download': ( 'models.weights.html#_download',

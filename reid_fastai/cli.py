@@ -17,7 +17,7 @@ if int(os.environ.get('WORLD_SIZE', 1))>1: os.environ.setdefault('TORCH_CPP_LOG_
 _in_shell = Path(sys.argv[0]).stem.startswith('reid-')  # otherwise imported by a program of the user
 _interrupts = _in_shell and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 if _in_shell:
-    gc.disable()  # with `freeze` below, a command takes 2.7 s less: the imports make millions of objects that stay until its end
+    gc.disable()  # with `freeze` below, a command takes two thirds of the time to start and end: the imports make almost a million objects that stay until its end
     if _interrupts: signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # no traceback for Ctrl-C during the imports; C extensions replace a `SystemExit` by errors of their own
     try: os.getcwd()
     except OSError:  # MKL cannot be loaded
@@ -137,12 +137,12 @@ def _kept_features(kept, of):
 def _shown(files, paths): "A line for each image, with its path and the checksum of its file"; return [f'{p} {checksum(read_bytes(f))}' for f,p in zip(files, paths)]
 
 def _embed(file, files, paths, flip, kept, device, check):
-    "Embeddings of the images `files`, from the file `kept` if it exists; each process embeds a part. Before that, `check` gets the length of an embedding"
+    "Embeddings of the images `files`, from the file `kept` if it exists; each process embeds a part. Before that, `check`, if any, gets the length of an embedding"
     of = dict(model=checksum(read_bytes(file)), images=checksum('\n'.join(_shown(files, paths) if kept else paths).encode()), n=str(len(files)), flip=str(flip))
     check_same('The model and its images', of)
     if (feats := _kept_features(kept, of)) is not None: return feats
     embed,mine = load_embedder(file, ifnone(device, 'cpu')),files[my_part(len(files), 64)]  # the embedder's batch size is 64
-    check(embed(files[:1]).shape[1])
+    if check: check(embed(files[:1]).shape[1])
     feats = join_parts(embed(mine, flip=flip))
     if kept: save_tensors(kept, {'features':feats}, of)
     return feats
@@ -210,17 +210,14 @@ def reid_eval(
         check_search(splits := load_splits(data))
         print(splits)
         df,files = search_rows(splits)
-        def check(d):
-            if rerank: check_rerank(len(df), d)
-            if verify: L(far).map(_check_far, n=_n_nonmatch(df), what='non-matching pairs')
-        found = [search(_embed(file, files, df.path, flip, features, device, by_leader(check)), df, metric)]
+        if verify and (n := _n_nonmatch(df)): L(far).map(_check_far, n=n, what='non-matching pairs')
+        check = by_leader(lambda d: check_rerank(len(df), d)) if rerank else None
+        found = [search(_embed(file, files, df.path, flip, features, device, check), df, metric)]
         print(f'\n{found[0]}')
         if rerank:
             found.append(found[0].rerank())
             print(f'\nre-ranked: {found[1]}')
-        if verify:
-            pairs = found[0].verification()
-            L(far).map(_check_far, n=pairs.n_nonmatch, what='non-matching pairs')
+        if verify: pairs = found[0].verification()
         if csv: atomic_write(csv, _queries(found[-1], splits, df).to_csv(index=False))
         if out:
             write_json(Path(out)/'evaluation.json', dict(result_figures(found[0]), model=str(file), data=str(data), metric=metric, flip=flip, **({'reranked': result_figures(found[1])} if rerank else {})))

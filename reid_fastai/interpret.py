@@ -28,7 +28,7 @@ from .learner import ReIDLearner
 
 # %% ../nbs/17_interpret.ipynb #88d5fdca
 def as_image(
-    o:str|Path|Image.Image|np.ndarray|Tensor # Path, PIL image, array (h, w, 3) or tensor (3, h, w)
+    o:str|Path|bytes|Image.Image|np.ndarray|Tensor # Path, content of an image file, PIL image, array (h, w, 3), (h, w, 1) or (h, w), or tensor (3, h, w) or (1, h, w)
 ) -> np.ndarray: # (h, w, 3) for `imshow`
     "Convert an image to an array"
     if isinstance(o, (str,Path,bytes,bytearray,Image.Image)): return np.asarray(open_image(o))

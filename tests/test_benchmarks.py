@@ -4,9 +4,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd, pytest, torch
+from fastai.callback.core import Callback
+from fastai.torch_core import TensorImage
 
 import reid_fastai.all  # noqa: F401; once for all forks
+from reid_fastai.config import RunConfig
+from reid_fastai.core import DivergedError
 from reid_fastai.data.synthetic import make_synthetic
+from reid_fastai.test_utils import tiny_learner
 from forks import fork, leave, log_to
 
 root = Path(__file__).parents[1]
@@ -157,7 +162,7 @@ def test_recipe(tmp_path):
     res = forked(*args, logs=tmp_path)
     assert res.returncode==0 and '| change | seeds | mAP |' in res.stdout, res.stderr[-800:]
     df = pd.read_csv(tmp_path/'r.csv')
-    assert len(df)==17 and df.change.is_unique and df.mAP.between(0, 100, inclusive='neither').all() and df['mAP after the neck'].nunique()>11
+    assert len(df)==17 and df.change.is_unique and df.mAP.between(0, 100, inclusive='neither').all() and df['mAP after the neck'].nunique()>14
     again = forked(*args, logs=tmp_path)
     assert again.returncode==0 and "{'change'" not in again.stdout
     for bad,words in ((['--changes', 'some'], "['some']"), (['--set', 'regions=2'], 'regions=2')):
@@ -166,8 +171,6 @@ def test_recipe(tmp_path):
 
 def test_changes_of_a_recipe(benchmark):
     "A patch comes from another image of the batch, GeM weighs large values more, and strips are pooled alone"
-    from fastai.torch_core import TensorImage
-    from reid_fastai.test_utils import tiny_learner
     recipe = benchmark('recipe')
     learn = tiny_learner()
     recipe.patch(learn)
@@ -188,8 +191,6 @@ def test_changes_of_a_recipe(benchmark):
     torch.testing.assert_close((parts[1]+parts[2])/2, before)  # no value is clipped here, so the mean of the halves is that of the map
 
 def test_the_average_follows_the_weights(benchmark):
-    from fastai.callback.core import Callback
-    from reid_fastai.test_utils import tiny_learner
     learn = tiny_learner()
     ps = lambda: torch.cat([p.detach().flatten() for p in learn.model.parameters()])
     start,seen = ps(),[]
@@ -206,12 +207,10 @@ def test_the_average_follows_the_weights(benchmark):
 @pytest.mark.parametrize('kw,want', [(dict(l2='auto'), .005), (dict(l2='auto', strength=.02), .01), (dict(l2='decoupled'), .75), (dict(l2='adaptive'), .0025)])
 def test_half_the_strength(benchmark, kw, want):
     "Of the regulariser that is trained, given or default"
-    from reid_fastai.config import RunConfig
     assert list(benchmark('recipe').CHANGES['half strength'][2](RunConfig(**kw)).values())==[pytest.approx(want)]
 
 def test_a_diverged_training_has_no_row(benchmark, tmp_path, capsys):
     "The others are trained"
-    from reid_fastai.core import DivergedError
     def train(name, seed):
         if name=='a': raise DivergedError('NaN')
         return dict(mAP=1.)
@@ -219,7 +218,6 @@ def test_a_diverged_training_has_no_row(benchmark, tmp_path, capsys):
     assert [o['control'] for o in rows]==['b'] and 'a, seed 42, has no row: NaN' in capsys.readouterr().out
 
 def test_the_starting_model_and_nested_identities(benchmark):
-    from reid_fastai.config import RunConfig
     from reid_fastai.runs import load_splits
     m,s = benchmark('identities'),load_splits(str(make_synthetic(tiny=True)))
     cfg = RunConfig(str(s.root), arch='test_resnet', pretrained='none', size='64x32')
@@ -274,7 +272,6 @@ def test_values_of_options(monkeypatch):
     assert [value(f'k={o}')[1] for o in ('False','None','2','.01','256x128','true')]==[False,None,2,.01,'256x128','true']
     for f,bad in ((value, 'epochs'), (positive, '0')):
         with pytest.raises(argparse.ArgumentTypeError): f(bad)
-    from reid_fastai.config import RunConfig
     of = lambda recipe: setting(RunConfig('synthetic', recipe, arch='resnet50', size='384x128', epochs=5, steps=200), 'cpu', 'arch', 'size', 'epochs', 'steps')
     assert of('quick')['options']=='{}' and 'paper' in of('paper')['options'] and of('paper')['precision']=='fp32'
     with pytest.raises(ValueError, match="flip='no': it must be True or False"): RunConfig(flip='no')
@@ -289,7 +286,6 @@ def test_rows_of_a_value_that_is_none(tmp_path, monkeypatch):
 
 def test_lars_moves_arrays_of_zeros(monkeypatch):
     "They and vectors take the plain step, kernels one in proportion to their norm; `lars=LR` is another learning rate"
-    from reid_fastai.config import RunConfig
     monkeypatch.syspath_prepend(root/'benchmarks')
     control = runpy.run_path(str(root/'benchmarks'/'controls.py'))['control']
     cfg,_,opt_func = control('lars=0.5', RunConfig(l2='none'), .01)

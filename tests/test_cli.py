@@ -410,6 +410,12 @@ def test_eval_refuses_before_it_embeds(run, tmp_path, monkeypatch, kw, words):
     monkeypatch.setattr(cli, 'join_parts', lambda *_: pytest.fail('all images were embedded'))
     with pytest.raises(ValueError, match=words): reid_eval(run, out=tmp_path/'e', **kw)
 
+def test_rates_among_images_of_one_person(run, tmp_path, data):
+    s = read_dataset(data)
+    df = s.df[(s.df.split=='train') | (s.df.pid==s.query.pid.iloc[0])]
+    df.assign(path=[str(s.root/o) for o in df.path]).to_csv(tmp_path/'one.csv', index=False)
+    with pytest.raises(ValueError, match='There are no non-matching pairs'): reid_eval(run, str(tmp_path/'one.csv'), verify=True, far=.1, out=tmp_path/'e')
+
 def test_pairs_are_counted_before_the_search(data):
     df,_ = results.search_rows(splits := read_dataset(data))
     emb = torch.randn(len(df), 4)

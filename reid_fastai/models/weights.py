@@ -31,6 +31,8 @@ def _lite0_weights(m):
     assert len(sd)==len(m.state_dict())
     return dict(zip(m.state_dict(), sd.values()))
 
+def _bare(name): "Name of an array without the prefixes of `DataParallel`, averages of weights and `torch.compile`"; return re.sub(r'^(module\.|_orig_mod\.)+', '', name)
+
 _scalar = np.float64(0).__reduce__()[0]
 # Names under which NumPy 1 and 2 pickle numbers; checkpoints often contain an accuracy as a NumPy number
 _numpy_numbers = [(_scalar, 'numpy.core.multiarray.scalar'), (_scalar, 'numpy._core.multiarray.scalar'), np.dtype, *(type(np.dtype(o)) for o in ('f4','f8','i8'))]
@@ -42,7 +44,7 @@ def _read_weights(path):
         with torch.serialization.safe_globals(_numpy_numbers): sd = load_plain(read_bytes(path), path)
     while isinstance(sd, dict) and (k := first(o for o in ('state_dict_ema','model_ema','state_dict','model') if isinstance(sd.get(o), dict))): sd = sd[k]
     if not isinstance(sd, dict): raise ValueError(f'{path} contains a {type(sd).__name__}, not weights; needed a dict of arrays by name.')
-    return {re.sub(r'^(module\.|_orig_mod\.)+', '', k): v for k,v in sd.items()}  # of `DataParallel`, averages of weights and `torch.compile`
+    return {_bare(k): v for k,v in sd.items()}
 
 # %% ../../nbs/03a_models.weights.ipynb #2dd3ba20
 def _answers(url):
@@ -135,7 +137,7 @@ def rename_weights(
     renaming:list # Pairs (pattern, replacement) for `re.sub`, applied in order
 ) -> dict: # Arrays by new name, without arrays whose new name is empty
     "Rename the arrays of a checkpoint"
-    def new(k): return reduce(lambda k,o: re.sub(*o, k), renaming, k.removeprefix('module.'))
+    def new(k): return reduce(lambda k,o: re.sub(*o, k), renaming, _bare(k))
     return {n: v for k,v in sd.items() if (n := new(k))}
 
 # %% ../../nbs/03a_models.weights.ipynb #9aef105c
