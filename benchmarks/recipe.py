@@ -16,7 +16,6 @@ from fastai.torch_core import TensorImage
 from fastai.vision.augment import Brightness, Contrast, Saturation
 from pytorch_metric_learning.losses import CircleLoss, MultiSimilarityLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner
-from timm.layers import DropPath
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -72,9 +71,6 @@ def metric(loss, miner=None):
     return change
 def patch(learn): learn.dls.train.after_batch.add(PatchEach())
 def colours(learn): learn.dls.train.after_batch.add([Brightness(.2, p=.5), Contrast(.2, p=.5), Saturation(.2, p=.5)])
-def drop_path(learn):
-    blocks = [m for m in learn.model.modules() if hasattr(m, 'drop_path')]
-    for i,m in enumerate(blocks): m.drop_path = DropPath(.2*i/len(blocks))
 def averaged(learn): learn.add_cb(Averaged(.99))
 
 def no(cfg): return {}
@@ -95,7 +91,7 @@ CHANGES = {
     'no triplet': ('cross-entropy alone', lambda learn: setattr(learn, 'loss_func', ReIDLoss(triplet=False)), no),
     'patch': ('random patches of other images', patch, no),
     'colours': ('random brightness, contrast and saturation', colours, no),
-    'drop path': ('residual branches left out at random, with probabilities that rise from 0 in the first block to just below 0.2 in the last', drop_path, no),
+    'drop path': ('residual branches left out at random, with probabilities that rise from 0 in the first block to just below 0.2 in the last', None, lambda c: dict(drop_path=.2)),
     'average': ('moving average of the weights, decay 0.99', averaged, no),
     'stride': ('last stage with stride 2', stride, no),
     'more people': ('twice the identities per batch, half the images of each', None, lambda c: dict(n_pids=2*c.n_pids, n_imgs=c.n_imgs//2)),

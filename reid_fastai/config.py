@@ -51,6 +51,7 @@ class RunConfig:
         arch:str=None, # Backbone, a convolutional network of timm or torchvision; default: the recipe's
         pretrained:str='imagenet', # Initial weights: 'imagenet', 'none', or a file with weights of the backbone or the model.safetensors of a run
         regions:int=None, # Number of horizontal strips, each with a branch: 2 in the paper, 0 for the light head; default: the recipe's
+        drop_path:float=None, # Probability of leaving out the last residual branch in training, which rises from 0 at the first, against overfitting; default: that of timm, 0, or of torchvision
         size:str=None, # Height x width of the images, px; default: the recipe's, 128x64 if quick, 256x128 if laptop
         first_size:str=None, # Size of the images in the first epochs, smaller than `size` (progressive resizing); default: the recipe's, 128x64 if laptop
         first_epochs:int=None, # Number of epochs with `first_size`; default: six tenths of the epochs
@@ -108,6 +109,7 @@ def _check(self:RunConfig):
         if v is not None: setattr(self, k, check_int(k, v, lo, hi, f', because an image of {self.size[0]} px can be cut into at most {hi} strips' if k=='regions' else ''))
     if not (isinstance(self.lr, (int,float)) and 0<self.lr<=_largest_lr): raise ValueError(f'lr={self.lr}: a positive, finite number is needed, at most {_largest_lr:,}.')
     check_share('val_pids', self.val_pids)
+    if self.drop_path is not None: check_share('drop_path', self.drop_path, 'residual branches')
     if self.first_size and self.first_epochs is None: self.first_epochs = _first_epochs(self.epochs)
     self._check_first()
     if self.recipe!='paper' and self.frozen_epochs: raise ValueError(f'frozen_epochs={self.frozen_epochs}: only recipe=paper has a frozen phase to choose.')

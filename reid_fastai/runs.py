@@ -61,7 +61,7 @@ def _versions():
 def _describe(cfg, splits):
     return dict(vars(cfg), dataset=dict(name=splits.name, table=table_checksum(splits), counts=splits.counts().to_dict('index'), notes=splits.notes), versions=_versions())
 
-_added = dict(precision=None, compile=False, first_size=None, first_epochs=None)  # options that runs of earlier versions lack
+_added = dict(precision=None, compile=False, first_size=None, first_epochs=None, drop_path=None)  # options that runs of earlier versions lack
 
 @by_leader
 def _check_same(out, wanted):
@@ -113,7 +113,7 @@ def build_net(
 ) -> ReIDNet:
     "Build the network of `cfg`; raise `ValueError` if weights are missing or the images are too small for the network or its regions, or the first epochs have no smaller ones"
     if cfg.first_size: check_first_size(cfg.first_size, cfg.size)
-    net = build_reid_net(cfg.arch, n_classes, regions=cfg.regions, pretrained=cfg.weights, size=cfg.size).eval()
+    net = build_reid_net(cfg.arch, n_classes, regions=cfg.regions, pretrained=cfg.weights, size=cfg.size, drop_path=cfg.drop_path).eval()
     with torch.no_grad():
         for size in filter(None, (cfg.size, cfg.first_size)): net(torch.zeros(1, 3, *size))
     return net.train()

@@ -52,6 +52,42 @@ def test_stem_is_timms():
         net.global_stage[0].conv1.stride = net.global_stage[0].downsample[0].stride = 2,2
         torch.testing.assert_close(net.maps(x)[0], ref.forward_features(normed))
 
+def rates(net):
+    "Probabilities of drop path, by the order of the blocks"
+    return [getattr(m, 'drop_prob', getattr(m, 'p', 0.)) for m in net.modules() if type(m).__name__ in ('DropPath','StochasticDepth')]
+
+@pytest.mark.parametrize('arch', ['resnet18','tf_efficientnet_lite0','convnext_atto','torchvision/efficientnet_b0'])
+def test_drop_path_rises(arch):
+    "Also in the copy of the last stage; with 0, nothing is left out, although torchvision's EfficientNets do so by default"
+    net = build_reid_net(arch, 6, regions=2, pretrained=False, drop_path=.3)
+    trunk,stage,copied = (rates(o) for o in (net.trunk, net.global_stage, net.regional_stage))
+    assert trunk+stage==sorted(trunk+stage) and 0<=min(trunk) and .2<max(stage)<.31 and copied==stage
+    assert not any(rates(build_reid_net(arch, 6, regions=2, pretrained=False, drop_path=0.)))
+
+def test_drop_path_is_for_training_alone(tmp_path):
+    "In evaluation nothing is left out or scaled; in training the images lose branches independently, and a pretrained file fits"
+    torch.manual_seed(0)
+    plain = build()
+    for m in plain.modules():
+        if hasattr(m, 'bn2'): nn.init.ones_(m.bn2.weight)  # timm begins with zeros, so that a branch gives nothing
+    save_file(plain.state_dict(), tmp_path/'w.safetensors')
+    net = build_reid_net('resnet18', 6, regions=2, pretrained=tmp_path/'w.safetensors', drop_path=.5)
+    net.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(net.eval()(images()), plain.eval()(images()), rtol=0, atol=0)
+        for m in net.modules(): m.train(type(m).__name__=='DropPath')  # norms use their running statistics, so that the images do not influence each other
+        same = images(1).expand(64, -1, -1, -1)
+        assert 2<len(net(same).unique(dim=0))<=64
+
+@pytest.mark.parametrize('arch', ['vgg11','densenet121','torchvision/resnet18','osnet_x0_25'])
+def test_networks_without_drop_path(arch):
+    with pytest.raises(ValueError, match='drop_path=0.2: .*(no residual branches|published network)'): build_reid_net(arch, 6, regions=0, pretrained=False, drop_path=.2)
+    build_reid_net(arch, 6, regions=0, pretrained=False, drop_path=0.)
+
+@pytest.mark.parametrize('p', [-.1, 1., float('nan'), '0.2'])
+def test_drop_path_is_a_probability(p):
+    with pytest.raises(ValueError, match='drop_path=.*at least 0 and below 1'): build_reid_net('resnet18', 6, pretrained=False, drop_path=p)
+
 def test_train_output():
     net = build().train()
     out = net(images())

@@ -15,8 +15,9 @@ import timm,torchvision
 import torch
 from fastcore.all import *
 from torch import nn
+from torchvision.ops import StochasticDepth
 
-from ..core import evaluating
+from ..core import check_share,evaluating
 
 # %% ../../nbs/03_models.backbone.ipynb #97509f18
 _plain_resnets = {f'resnet{n}' for n in (18,34,50,101,152)}
@@ -54,10 +55,17 @@ def resolve_arch(
                      f'{f" Similar names: {close}." if close else ""} Search with `timm.list_models("*{name[:6]}*")`.')
 
 # %% ../../nbs/03_models.backbone.ipynb #0bc35556
-def _create(name):
+def _create(name, drop_path=None):
     "Network of a resolved name, with random weights"
-    if name.startswith(_tv): return torchvision.models.get_model(name.removeprefix(_tv), weights=None)
-    return timm.create_model(name)
+    tv = name.startswith(_tv)
+    make = partial(torchvision.models.get_model, name.removeprefix(_tv), weights=None) if tv else partial(timm.create_model, name)
+    if drop_path is None: return make()
+    check_share('drop_path', drop_path, 'residual branches')
+    try: m = make(**{'stochastic_depth_prob' if tv else 'drop_path_rate': drop_path})
+    except TypeError: m = make()  # the function that builds it has no such parameter
+    if drop_path and not any(getattr(o, 'drop_prob', 0) or isinstance(o, StochasticDepth) for o in m.modules()):
+        raise ValueError(f'drop_path={drop_path}: {name} has no residual branches that {"torchvision" if tv else "timm"} can leave out. Use a backbone such as tf_efficientnet_lite0 or resnet50, or no drop path.')
+    return m
 
 def _links(m, path=''):
     "Modules of `m` that can be links of a chain, with their names"

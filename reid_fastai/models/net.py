@@ -235,13 +235,16 @@ def build_reid_net(
     n_classes:int, # Training identities
     regions:int=2, # Number of horizontal strips with a branch each; 0 for the light head; ignored by published networks
     pretrained:bool|str|Path=True, # True for pretrained backbone weights, False for random ones, or a file; for published networks also a file of the whole network
-    size:tuple|None=None # (height, width) of the images, px, for networks that accept only one size (`rga_sc_resnet50`); None: 256×128
+    size:tuple|None=None, # (height, width) of the images, px, for networks that accept only one size (`rga_sc_resnet50`); None: 256×128
+    drop_path:float|None=None # Probability of leaving out the last residual branch in training, which rises from 0 at the first; None: the default of timm or torchvision
 ) -> ReIDNet: # The network
     "Build a Re-ID network from a backbone, or a published network by its name"
     n_classes,regions,size = check_int('n_classes', n_classes, 1),check_int('regions', regions),size and check_size(size, 32)
     name = resolve_arch(arch)
-    if name in methods: return methods[name].build(n_classes, pretrained, size)
-    trunk,stage,n,stats = load_backbone(name, pretrained)
+    if name in methods:
+        if drop_path: raise ValueError(f'drop_path={drop_path}: {name} is a published network, and its authors do not use it. Leave it out, or choose a backbone of timm or torchvision.')
+        return methods[name].build(n_classes, pretrained, size)
+    trunk,stage,n,stats = load_backbone(name, pretrained, drop_path)
     return ReIDNet(trunk, stage, n, n_classes, regions, **stats, arch=name)
 
 # %% ../../nbs/03b_models.net.ipynb #2c098651
