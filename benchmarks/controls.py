@@ -5,14 +5,14 @@
 A control is one of the names below, a regulariser of `reid-compare` with a strength, such as rotation=0.02, or lars with a learning rate, such as lars=0.003.
 A row is added to FILE.csv after each training. Trainings that have a row are not repeated, so the command can be interrupted and given again, and a file may be moved to another machine.
 """
-import argparse, sys, time
+import time
 
 import pandas as pd
 import torch
 from fastai.callback.schedule import SchedCos, SchedNo
 from fastai.optimizer import Optimizer, average_grad, larc_layer_lr, larc_step
 
-from options import add_set, chosen, positive, setting
+from options import chosen, parser, setting, start
 from rows import Rows
 from reid_fastai.callback.regularizer import ConventionalL2
 from reid_fastai.callback.rotation import AutoL2, RotationControl
@@ -83,14 +83,7 @@ def main(a):
     print(markdown_table(pd.DataFrame({'control': [CONTROLS[o][0] if o in CONTROLS else o for o in df.control], 'seeds': df.seed['count'], 'mAP': pm, 'Rank-1': df['Rank-1']['mean'].map('{:.2f}'.format)})))
 
 if __name__=='__main__':
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('data', help="'synthetic', the folder of a dataset, or a CSV file")
-    p.add_argument('--out', required=True, help='CSV file of the results')
+    p = parser(__doc__, 'CSV file of the results')
     p.add_argument('--controls', nargs='+', default=list(CONTROLS), help=f'some of: {", ".join(CONTROLS)}; or regularisers with a strength')
     p.add_argument('--lam', type=float, default=.01, help='λ of rotation control')
-    p.add_argument('--seeds', type=positive, default=1, help='number of seeds')
-    p.add_argument('--seed', type=int, default=42, help='the first of them')
-    p.add_argument('--device')
-    add_set(p)
-    try: main(p.parse_args())
-    except ValueError as e: sys.exit(f'controls.py: error: {e}')
+    start(main, p)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from memory import peak
+from memory import peak, timed
 from reid_fastai.gallery import Gallery
 from reid_fastai.gallery_table import _format, _lancedb, _schema, _table
 
@@ -26,11 +26,6 @@ def images(people, d, seed):
 
 def queries(a): return images(torch.randint(0, max(1, a.n//PER), (a.queries,), generator=torch.Generator().manual_seed(1)), a.d, 2**40)
 def disk(d): return sum(o.stat().st_size for o in Path(d).rglob('*') if o.is_file())/1e9
-
-def timed(f):
-    t = time.perf_counter()
-    res = f()
-    return time.perf_counter()-t,res
 
 def cpu(): return time.process_time()  # of all threads, whatever else the machine does
 

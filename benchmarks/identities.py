@@ -5,14 +5,13 @@
 0 identities is the starting model without any training on DATA: with `--pretrained FILE`, one that was trained elsewhere. Identities of a seed are nested: those of 25 are among those of 50.
 All runs take as many steps as an epoch of the whole training set has, unless `--set steps=…` says otherwise. Runs that are complete in FOLDER are not repeated, and interrupted ones go on.
 """
-import argparse, sys
 from pathlib import Path
 
 import numpy as np, pandas as pd
 
 from fastai.torch_core import set_seed
 
-from options import add_set, chosen, positive, setting
+from options import chosen, parser, setting, start
 from reid_fastai.callback.evaluation import search
 from reid_fastai.comparison_results import markdown_table
 from reid_fastai.config import RunConfig
@@ -65,15 +64,8 @@ def main(a):
     print(table)
 
 if __name__=='__main__':
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('data', help="'synthetic', the folder of a dataset, or a CSV file")
-    p.add_argument('--out', required=True, help='folder of the runs and of the table')
+    p = parser(__doc__, 'folder of the runs and of the table')
     p.add_argument('--identities', nargs='+', type=int, help='numbers of training identities; default: 0 25 50 100 200 751, as far as DATA has as many')
     p.add_argument('--images', type=int, default=0, help='at most so many images of each identity; 0: all')
-    p.add_argument('--seeds', type=positive, default=1, help='number of seeds, each with identities of its own')
-    p.add_argument('--seed', type=int, default=42, help='the first of them')
     p.add_argument('--pretrained', default='imagenet', help="'imagenet', 'none', or a model.safetensors to start from")
-    p.add_argument('--device')
-    add_set(p)
-    try: main(p.parse_args())
-    except ValueError as e: sys.exit(f'identities.py: error: {e}')
+    start(main, p)

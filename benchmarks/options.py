@@ -1,5 +1,5 @@
 "Options of `reid-train` on the command lines of other scripts"
-import argparse, ast, json
+import argparse, ast, json, sys
 from inspect import signature
 
 from fastai.torch_core import default_device
@@ -14,12 +14,26 @@ def value(text):
     try: return k,ast.literal_eval(v)
     except (ValueError, SyntaxError): return k,v
 
-def add_set(parser): parser.add_argument('--set', nargs='*', default=[], metavar='OPTION=VALUE', type=value, help='options of reid-train, such as epochs=10')
-
 def positive(text):
     "A whole number of at least 1"
     if (n := int(text))<1: raise argparse.ArgumentTypeError(f'{text}: a whole number of at least 1 is needed')
     return n
+
+def parser(doc, out):
+    "Parser of a script that trains with several seeds; `doc` describes the script, `out` its option --out"
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('data', help="'synthetic', the folder of a dataset, or a CSV file")
+    p.add_argument('--out', required=True, help=out)
+    p.add_argument('--seeds', type=positive, default=1, help='number of seeds')
+    p.add_argument('--seed', type=int, default=42, help='the first of them')
+    p.add_argument('--device')
+    p.add_argument('--set', nargs='*', default=[], metavar='OPTION=VALUE', type=value, help='options of reid-train, such as epochs=10')
+    return p
+
+def start(main, p):
+    "Call `main` with the arguments that `p` has read; an error is one line"
+    try: main(p.parse_args())
+    except ValueError as e: sys.exit(f'{p.prog}: error: {e}')
 
 def chosen(pairs, **elsewhere):
     "The options of `--set`; raise `ValueError` for unknown ones and for those that the script does not take, with the remedies `elsewhere`"

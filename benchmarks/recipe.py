@@ -6,7 +6,7 @@ A fifth of the training identities is held out, as queries and gallery, the same
 Every training is evaluated twice: with its embeddings, and with the embeddings after the neck (BatchNorm), which the classifier gets.
 A row is added to FILE.csv after each training. Trainings that have a row are not repeated, so the command can be interrupted and given again.
 """
-import argparse, sys, time
+import time
 from inspect import signature
 
 import pandas as pd
@@ -19,7 +19,7 @@ from pytorch_metric_learning.miners import MultiSimilarityMiner
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from options import add_set, chosen, positive, setting
+from options import chosen, parser, setting, start
 from rows import Rows
 from reid_fastai.comparison_results import markdown_table
 from reid_fastai.config import RIVALS, RunConfig
@@ -133,14 +133,7 @@ def main(a):
     print(markdown_table(mean.assign(change=[CHANGES[o][0] for o in mean.change], **{k: mean[k].map('{:.1f}'.format) for k in mean.columns[2:]})))
 
 if __name__=='__main__':
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('data', help="'synthetic', the folder of a dataset, or a CSV file")
-    p.add_argument('--out', required=True, help='CSV file of the results')
+    p = parser(__doc__, 'CSV file of the results')
     p.add_argument('--changes', nargs='+', default=list(CHANGES), help=f'some of: {", ".join(CHANGES)}')
-    p.add_argument('--seeds', type=positive, default=1, help='number of seeds')
-    p.add_argument('--seed', type=int, default=42, help='the first of them')
     p.add_argument('--distractors', type=float, default=.5, help='share of the images of the other training identities that join the held-out gallery')
-    p.add_argument('--device')
-    add_set(p)
-    try: main(p.parse_args())
-    except ValueError as e: sys.exit(f'recipe.py: error: {e}')
+    start(main, p)

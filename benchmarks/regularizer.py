@@ -4,7 +4,6 @@ from statistics import median
 
 import timm, torch
 from fastcore.script import call_parse
-from torch.nn import functional as F
 
 from reid_fastai.core import keep_freed_memory
 from reid_fastai.models import build_reid_net

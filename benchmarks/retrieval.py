@@ -8,13 +8,13 @@ Each size runs in a process of its own, so that its peak memory is its own.
 checkout of KaiyangZhou/deep-person-reid, its extension built by `python setup.py build_ext --inplace` in `torchreid/metrics/rank_cylib`.
 The environment variable OMP_NUM_THREADS sets the threads of PyTorch and of NumPy.
 """
-import argparse, functools, statistics, subprocess, sys, time
+import argparse, functools, statistics, subprocess, sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from memory import peak
+from memory import peak, timed
 from reid_fastai.evaluation.all import RetrievalResults
 
 SIZES = dict(tiny=(200, 1000, 50), market=(3368, 15913, 750), msmt17=(11659, 82161, 3060))
@@ -30,11 +30,6 @@ def features(n_q, n_g, n_ids, d=2048, noise=4., seed=0):
     g_pids = torch.randint(1, n_ids+1, (n_g,), generator=g)
     g_pids[torch.rand(n_g, generator=g)<1/6] = 0
     return *part(n_q, torch.randint(1, n_ids+1, (n_q,), generator=g)),*part(n_g, g_pids)
-
-def timed(f):
-    t = time.perf_counter()
-    res = f()
-    return time.perf_counter()-t,res
 
 def product(q, g):
     "The bare product of tensors or arrays, a block at a time where the whole would take more than 2 GB"

@@ -5,6 +5,7 @@ from statistics import median
 import timm, torch
 from fastcore.script import call_parse
 
+from memory import timed
 from reid_fastai.core import keep_freed_memory
 from reid_fastai.losses import ReIDLoss
 from reid_fastai.models import build_reid_net
@@ -12,16 +13,11 @@ from reid_fastai.rotation import scale_invariant, turn_arrays
 
 def copies(ws): return [w.detach().clone() for w in ws]
 
-def secs(f, *args):
-    start = time.perf_counter()
-    res = f(*args)
-    return time.perf_counter()-start,res
-
 def turn(ws, opt, per_channel):
     "What the callback does around the optimizer's step → seconds of its own"
-    before,olds = secs(copies, ws)
+    before,olds = timed(copies, ws)
     opt.step()
-    after,_ = secs(turn_arrays, ws, olds, torch.full((len(ws),), 2e-3), per_channel)
+    after,_ = timed(turn_arrays, ws, olds, torch.full((len(ws),), 2e-3), per_channel)
     return before+after
 
 @call_parse
@@ -40,7 +36,7 @@ def main(
     print(f'torch {torch.__version__}, timm {timm.__version__}, {platform.processor() or platform.machine()}, {threads} threads, float32')
     net,loss_func = build_reid_net(arch, 751, pretrained=False),ReIDLoss()
     x,pid = torch.rand(bs, 3, height, width),torch.arange(bs)//4
-    found,names = secs(scale_invariant, net, x)
+    found,names = timed(scale_invariant, net, x)
     ws = [p for n,p in net.named_parameters() if n in names]
     print(f'{len(ws)} scale-invariant arrays of {sum(w.numel() for w in ws)/1e6:.1f} million weights, found in {found:.1f} s')
     opt = torch.optim.Adam(net.parameters(), lr=2e-4, eps=1e-7)

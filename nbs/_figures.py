@@ -2,7 +2,6 @@
 import io, shutil, sys
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from reid_fastai.data.synthetic import Pedestrian, SynthCamera, render_pedestrian
 

@@ -33,7 +33,7 @@ from .config import *
 from .core import *
 from .data.datasets import *
 from .data.memory import check_workers
-from .data.splits import DISTRACTOR_PID,check_search
+from .data.splits import check_search,count_nonmatches
 from .data.synthetic import *
 from .distributed import *
 from .evaluation.all import *
@@ -152,12 +152,6 @@ def _queries(results, splits, df):
     res = results.per_query()
     return res.assign(AP=100*res.AP, INP=100*res.INP, pid=[splits.pid_names.get(o, o) for o in res.pid], path=df.path[df.split=='query'].to_numpy())
 
-def _n_nonmatch(df):
-    "Number of non-matching pairs of queries and gallery images in the rows `df`"
-    q,g = (df[df.split==o] for o in ('query','gallery'))
-    q = q[q.pid!=DISTRACTOR_PID]
-    return len(q)*len(g)-int(g.pid.value_counts().reindex(q.pid, fill_value=0).sum())
-
 _verification = [f'verification.{o}' for o in ('json','csv','png')]
 
 @by_leader
@@ -210,7 +204,8 @@ def reid_eval(
         check_search(splits := load_splits(data))
         print(splits)
         df,files = search_rows(splits)
-        if verify and (n := _n_nonmatch(df)): L(far).map(_check_far, n=n, what='non-matching pairs')
+        q,g = (df.pid[df.split==o].to_numpy() for o in ('query','gallery'))
+        if verify and (n := count_nonmatches(q, g)): L(far).map(_check_far, n=n, what='non-matching pairs')
         check = by_leader(lambda d: check_rerank(len(df), d)) if rerank else None
         found = [search(_embed(file, files, df.path, flip, features, device, check), df, metric)]
         print(f'\n{found[0]}')
@@ -245,8 +240,8 @@ def reid_compare(
     archs:Annotated[str, {'nargs':'+'}, "Several networks; each has its own comparison, and one table shows all"]=None,
     seeds:int=3, # Number of runs per arm, each with another seed
     seed:int=42, # First seed
-    factors:Annotated[float, {'nargs':'+'}, "Values of λ to try for conventional L2; a single one is not tuned"]=(5e-4,2.5e-3,1.25e-2),
-    amplitudes:Annotated[float, {'nargs':'+'}, "Values of A to try for adaptive L2; a single one is not tuned"]=(1e-3,5e-3,2.5e-2),
+    factors:Annotated[float, {'nargs':'+'}, "Values of λ to try for conventional L2; a single one is not tuned"]=GRIDS['conventional'],
+    amplitudes:Annotated[float, {'nargs':'+'}, "Values of A to try for adaptive L2; a single one is not tuned"]=GRIDS['adaptive'],
     strengths:Annotated[str, {'nargs':'+'}, "Strengths to try for other arms, such as rotation=0.002,0.01,0.05 decoupled=1.5"]=None,
     tune_pids:float=.1, # Share of the training identities held out for tuning
     tune_distractors:float=0., # Share of the images of other training identities that are added to the held-out gallery as distractors

@@ -16,7 +16,7 @@ from fastcore.all import *
 
 from .data.image import read_image
 from .data.synthetic import make_synthetic
-from .export import load_model,read_meta
+from .export import load_embedder
 from .files import checksum,model_file,read_bytes
 from .portable import *
 from .results import read_results
@@ -58,7 +58,8 @@ def reid_export(
     if os.path.isdir(run) and os.path.exists(Path(run)/'config.json'): read_results(run)
     if out is None: out = file.with_name(f'{file.stem}{"-int8" if int8 else ""}{SUFFIXES.get(format, "")}')
     check_export(out, format, pixels, int8)
-    net,size = load_model(file),read_meta(file)['size']
+    embed = load_embedder(file)
+    net,size = embed.net,embed.size
     with _quietly(quiet):
         splits = _splits(file, data, int8)
         meta = export_net(net, out, _images(splits, size, 128 if int8 else 7), format, pixels, flip, normalize, int8, model=checksum(read_bytes(file)), checked_with=splits.name)

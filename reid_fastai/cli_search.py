@@ -21,7 +21,7 @@ from .data.all import *
 from .data.boxes import _box
 from .data.datasets import _check_names,_images_below
 from .evaluation.distances import check_metric
-from .evaluation.verification import _check_rate,read_verification
+from .evaluation.verification import _check_rate
 from .files import *
 from .gallery import *
 from .gallery_table import _remote
@@ -125,7 +125,7 @@ def _check_outputs(outputs, db, files):
 def _meaning(db, far, open_set, n):
     "The meaning of a threshold in a search among `n` images"
     if not open_set: return f'false accept rate {far:g} of pairs: about {far*n:.2g} false accepts per photo among {n} images'
-    of = read_verification(db.model_file).get('n_gallery')
+    of = read_json(db.model_file.with_name('verification.json')).get('n_gallery')  # `Gallery.threshold` has compared its model
     return f'{100*far:g} % of searches for unknown people find somebody' + (f', in a gallery of {of} images; more among {n}' if of and n>of else '')
 
 @command()

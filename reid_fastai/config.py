@@ -51,7 +51,7 @@ class RunConfig:
         arch:str=None, # Backbone, a convolutional network of timm or torchvision; default: the recipe's
         pretrained:str='imagenet', # Initial weights: 'imagenet', 'none', or a file with weights of the backbone or the model.safetensors of a run
         regions:int=None, # Number of horizontal strips, each with a branch: 2 in the paper, 0 for the light head; default: the recipe's
-        drop_path:float=None, # Probability of leaving out the last residual branch in training, which rises from 0 at the first, against overfitting; default: that of timm, 0, or of torchvision
+        drop_path:float=None, # Upper bound of the probability of leaving out a residual branch in training, which rises from 0 at the first, against overfitting; default: that of timm, 0, or of torchvision
         size:str=None, # Height x width of the images, px; default: the recipe's, 128x64 if quick, 256x128 if laptop
         first_size:str=None, # Size of the images in the first epochs, smaller than `size` (progressive resizing); default: the recipe's, 128x64 if laptop
         first_epochs:int=None, # Number of epochs with `first_size`; default: six tenths of the epochs

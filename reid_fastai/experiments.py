@@ -86,8 +86,8 @@ class Comparison:
         cfg:RunConfig, # Options of all runs
         arms:list=ARMS, # Arms to compare, from `ALL_ARMS`
         seeds:int=3, # Number of runs per arm, each with another seed
-        factors:list=(5e-4,2.5e-3,1.25e-2), # Values of λ to try for `conventional`; a single one is not tuned
-        amplitudes:list=(1e-3,5e-3,2.5e-2), # Values of A to try for `adaptive`; a single one is not tuned
+        factors:list=GRIDS['conventional'], # Values of λ to try for `conventional`; a single one is not tuned
+        amplitudes:list=GRIDS['adaptive'], # Values of A to try for `adaptive`; a single one is not tuned
         tune_pids:float=.1, # Share of the training identities held out for tuning
         device:str|None=None, # Device for training; None: the GPU if there is one
         workers:int|None=None, # Number of loader processes; None: the default of `ReIDDataLoaders`

@@ -14,7 +14,7 @@ from fastai.learner import Learner
 from fastcore.all import *
 
 from .core import Attached,PlainErrors
-from .data.augment import EraseEach,reid_augs
+from .data.augment import EraseEach,MirrorEach
 from .losses import *
 from .models.net import PublishedRecipe,methods
 from .optimizer import FusedAdam
@@ -47,7 +47,7 @@ def published_augs(
     recipe:PublishedRecipe # Recipe
 ) -> L: # Batch transforms
     "The augmentation of a recipe: mirroring and, for some recipes, random erasing"
-    return L(o for o in reid_augs(pad=0, p_erase=recipe.erasing) if o.p>0)
+    return L(o for o in (MirrorEach(), EraseEach(recipe.erasing)) if o.p>0)
 
 # %% ../nbs/15b_published.ipynb #23bc191a
 def published_lr(

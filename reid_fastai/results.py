@@ -67,7 +67,7 @@ def write_results(
     _remove_means(out)
 
 def _remove_means(out):
-    for o in ('checkpoint.pth','best.safetensors'): (out/o).unlink(missing_ok=True)
+    for o in ('checkpoint.pth','best.safetensors','diverged.json'): (out/o).unlink(missing_ok=True)
 
 # %% ../nbs/18f_results.ipynb #c0ffee08
 @by_leader

@@ -122,7 +122,7 @@ def check_run(
     splits:ReIDSplits, # Dataset
     cfg:RunConfig # Options
 ):
-    "Raise the errors that `make_learner` would raise, without decoding images"
+    "Raise the errors of batches, protocol and network that `make_learner` would raise for the whole dataset, without decoding images"
     batch_part(cfg.n_pids, cfg.n_imgs, ranks.rank, ranks.n)
     check_protocol(splits)
     with warnings.catch_warnings():
@@ -193,6 +193,7 @@ def train_run(
             stack.enter_context(hold_folder(out))
             _check_same(out, asked)
             if done := read_results(out): return done
+            _check_diverged(out)
         keep_freed_memory()
         learn = make_learner(splits, cfg, out, device, workers)
         if not begun:
@@ -214,6 +215,15 @@ def _kept(out):
     except KeyboardInterrupt as e: raise type(e)(f'The run is kept in {out}; {how}') from e
     except WriteError as e: raise WriteError(f'{e} When there is space, {how}') from e
     except LostProcess as e: raise LostProcess(f'{e} The run is kept in {out}; {how}') from e
+    except DivergedError as e:
+        if not ranks.rank: write_json(out/'diverged.json', dict(error=str(e), versions=_versions()))
+        raise
+
+@by_leader
+def _check_diverged(out):
+    "Raise the error of a run that diverged with the same versions, because it would diverge again"
+    file = out/'diverged.json'
+    if file.exists() and (lost := read_json(file))['versions']==_versions(): raise DivergedError(f'{lost["error"]} Delete {file} to train it again.')
 
 # %% ../nbs/19_runs.ipynb #c0ffee07
 def _fit(out, learn, cfg):

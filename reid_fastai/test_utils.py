@@ -6,11 +6,10 @@
 __all__ = ['tiny_dls', 'tiny_learner', 'run_two', 'refused']
 
 # %% ../nbs/97_test_utils.ipynb #1618c142
-import multiprocessing,re,socket,tempfile,textwrap,warnings
+import multiprocessing,re,socket,tempfile,textwrap
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from fastai.torch_core import set_seed
 from fastcore.all import *
 

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 root = str(Path(__file__).resolve().parents[1])  # the library beside this file is attacked, whatever is installed
 sys.path.insert(0, root)
 os.environ.update(PYTHONPATH=root, TORCH_CPP_LOG_LEVEL='ERROR', OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MPLBACKEND='agg')  # one thread a command, as several run at once
-import numpy as np
 from hostile import ANY_FIGURES, CUTS, DAMAGES, NO_FILE, PIXELS, SAME_OR_REFUSED, TWINS, flip, save, to_csv
 from PIL import Image
 from safetensors.numpy import load_file

@@ -12,6 +12,7 @@ from reid_fastai.comparison_results import comparison_table, plot_strengths
 from reid_fastai.config import RunConfig
 from reid_fastai.core import DivergedError
 from reid_fastai.data.datasets import read_dataset
+from reid_fastai.data.splits import count_nonmatches
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.evaluation.all import RetrievalResults, read_verification
 from reid_fastai.experiments import Comparison
@@ -421,7 +422,7 @@ def test_pairs_are_counted_before_the_search(data):
     emb = torch.randn(len(df), 4)
     q,g = ((df.split==o).to_numpy() for o in ('query','gallery'))
     res = RetrievalResults.from_embeddings(emb[q], df.pid[q], df.camid[q], emb[g], df.pid[g], df.camid[g])
-    assert cli._n_nonmatch(df)==res.verification().n_nonmatch
+    assert count_nonmatches(*(df.pid[df.split==o].to_numpy() for o in ('query','gallery')))==res.verification().n_nonmatch
 
 def test_eval_takes_a_path(run, tmp_path, data):
     reid_eval(run, Path(data), out=tmp_path/'e', quiet=True)

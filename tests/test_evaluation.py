@@ -543,3 +543,12 @@ def test_fastai_tensors(metric):
     "The output of any network for a batch of the loaders"
     p = problem(3, 20, 80, 8, 6, 3, False)
     assert (build(TensorImage(p[0]), *p[1:3], TensorImage(p[3]), *p[4:], metric=metric).ranks==build(*p, metric=metric).ranks).all()
+
+def test_pickled_results_have_all_methods(monkeypatch):
+    "Also in a process that imports only what the pickle names"
+    import pickle
+    from reid_fastai.evaluation import ranked
+    res = RetrievalResults.from_embeddings(torch.rand(4, 8), [1,1,2,2], [1,2,1,2], torch.rand(4, 8), [1,1,2,2], [2,1,2,1])
+    loaded = []
+    monkeypatch.setattr(ranked, 'import_module', loaded.append)
+    assert pickle.loads(pickle.dumps(res)).mAP==res.mAP and loaded==['reid_fastai.evaluation.all']

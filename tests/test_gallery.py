@@ -1,5 +1,5 @@
 "The gallery and its commands: answers beside a slow oracle, kills, two writers, damaged tables, and what bad input gets"
-import base64, hashlib, io, pickle, random, re, shlex, shutil, subprocess, sys, time
+import base64, hashlib, io, pickle, random, re, shlex, shutil, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from html.parser import HTMLParser
@@ -147,7 +147,7 @@ def test_at_a_url(home, files):
     with pytest.raises(ValueError, match='inside the gallery'): reid_search(url, [str(files[4])], k=1, csv='far/new/f.csv')
 
 def test_exact_search_beyond_the_memory(home, monkeypatch):
-    from reid_fastai import gallery as mod
+    from reid_fastai import gallery_store as mod
     g,x = vectors(home, 500)
     want = g.search(x[:1], 2)
     monkeypatch.setattr(mod, 'free_memory', lambda: 4*500*x.shape[1]+200_000_000)
@@ -159,7 +159,7 @@ def test_exact_search_beyond_the_memory(home, monkeypatch):
 
 def test_embeddings_are_read_in_slices(home, monkeypatch):
     "The checksums of all batches kept the batches in memory: 0.49 GB of embeddings took 1.18 GB"
-    from reid_fastai import gallery as mod
+    from reid_fastai import gallery_store as mod
     g,x = vectors(home, 100)
     want = g.search(x[:5], 20, 'time > 30').df
     monkeypatch.setattr(mod, '_slice', 16)
@@ -289,7 +289,7 @@ def test_two_writers_and_a_killed_one(home):
     assert len(g.add(torch.ones(2, 512)))==n+50*(16+len(mine))+2
 
 def test_interrupted_embedding_leaves_nothing(home, data, files, monkeypatch):
-    from reid_fastai import gallery as mod
+    from reid_fastai import gallery_store as mod
     class Stop:
         def __init__(self, e): self.e,self.size,self.n = e,e.size,0
         def __call__(self, x, **kw):
@@ -364,7 +364,7 @@ def test_a_gallery_of_another_format(home):
     with pytest.raises(ValueError, match=r'old is of format 1, .* reads format 2\. Embed the images anew'): Gallery.load(home/'old')
 
 def test_short_memory_is_no_damage(home, monkeypatch):
-    from reid_fastai import gallery as mod
+    from reid_fastai import gallery_store as mod
     g = Gallery.load(home/'people')
     def short(t): raise MemoryError('no memory')
     monkeypatch.setattr(mod, '_vectors_proof', short)
@@ -665,3 +665,45 @@ def test_camera_in_full(small, tmp_path):
 
 def test_a_zero_embedding_is_named(small):
     with pytest.raises(ValueError, match='is zero'): small.index().search(torch.zeros(1, 512), k=2, exact=False)
+
+def test_the_model_is_read_once(home, monkeypatch):
+    "As long as the file does not change"
+    from reid_fastai import gallery_store
+    reads = []
+    monkeypatch.setattr(gallery_store, 'read_bytes', lambda f, real=gallery_store.read_bytes: reads.append(f) or real(f))
+    g = Gallery.load(home/'people', home/'run')
+    g.embedder
+    with pytest.raises(ValueError, match='no verification.json'): g.threshold()
+    assert len(reads)==1
+    make_model(home/'run'/'model.safetensors', seed=1)
+    with pytest.raises(ValueError, match='made by another model'): g.threshold()
+
+def test_a_search_does_not_wait_for_the_index(home, monkeypatch):
+    g = Gallery.load(home/'people', home/'run')
+    building,found = threading.Event(),threading.Event()
+    def slow(table, *args, real=type(g.table).create_index, **kwargs):
+        building.set()
+        assert found.wait(20)
+        return real(table, *args, **kwargs)
+    monkeypatch.setattr(type(g.table), 'create_index', slow)
+    with ThreadPoolExecutor(2) as ex:
+        built = ex.submit(g.index)
+        assert building.wait(20)
+        search = ex.submit(g.search, torch.ones(1, 512), 1)
+        try: assert len(search.result(10).df)==1
+        finally: found.set()
+        assert built.result().indexed==len(g)
+
+def test_a_change_needs_no_working_folder(home, monkeypatch):
+    "Which may be another one than when the gallery was opened"
+    monkeypatch.chdir(home)
+    g = Gallery.load('people', 'run')
+    (home/'other').mkdir()
+    monkeypatch.chdir(home/'other')
+    n = len(g)
+    assert len(g.index().delete('time < 1'))==n-1==g.optimize(0).indexed
+
+def test_a_pickled_gallery_can_search(home):
+    "In a process that has not imported the module which adds the methods"
+    make,args = Gallery.load(home/'people', home/'run').__reduce__()
+    assert make.__module__=='reid_fastai.gallery' and len(make(*args).search(torch.ones(1, 512), 1).df)==1

@@ -316,3 +316,9 @@ def test_every_method_has_its_published_settings():
         r = o.recipe
         assert isinstance(r, PublishedRecipe) and r.source and r.frozen_epochs<r.epochs and all(0<m<r.epochs for m in r.milestones)
         assert (r.triplet is None)==(r.margin is None) and (r.schedule=='cosine')==(not r.milestones)
+
+def test_published_augmentation_has_no_idle_transform():
+    "A shift by 0 pixels took longer than the mirror"
+    from reid_fastai.published import find_recipe, published_augs
+    assert {type(o).__name__ for o in published_augs(find_recipe('osnet_x1_0'))}=={'MirrorEach'}
+    assert {type(o).__name__ for o in published_augs(find_recipe('rga_sc_resnet50'))}=={'MirrorEach','EraseEach'}

@@ -218,3 +218,21 @@ def test_runs_of_all_arms(tmp_path, interrupted):
     for arm,o in tables.items():
         assert o.columns.tolist()==tables['none'].columns.tolist() and o[['epoch','name']].equals(tables['none'][['epoch','name']]), arm
         assert (tmp_path/arm/'angle_hist.png').exists() and (o.lam==0).all()==(arm in ('none','lamb','rotation')) and o.sq_norm.gt(0).any() and o.angle.gt(0).any(), arm
+
+def test_l2sp_looks_at_the_kinds_once(monkeypatch):
+    "Not once for each array: BAT-net took 39 s"
+    from reid_fastai.callback import rivals
+    from reid_fastai.test_utils import tiny_learner
+    asked = []
+    monkeypatch.setattr(rivals, 'param_kinds', lambda m, real=rivals.param_kinds: asked.append(m) or real(m), raising=False)
+    learn = tiny_learner(cbs=L2SP())
+    assert not asked and learn.cbs.filter(risinstance(L2SP))[0]._starts
+
+def test_rotation_selects_its_arrays_once(monkeypatch):
+    from reid_fastai.callback import rotation
+    from reid_fastai.test_utils import tiny_learner
+    asked = []
+    monkeypatch.setattr(rotation, 'select_arrays', lambda *a, real=rotation.select_arrays: asked.append(a) or real(*a))
+    learn = tiny_learner(cbs=RotationControl())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert learn.rotation_control.names and len(asked)<=4  # two for the names, and two for the record

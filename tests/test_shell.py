@@ -9,6 +9,7 @@ from torch._utils import ExceptionWrapper
 from reid_fastai import cli, config, files, runs, shell as shell_module
 from reid_fastai.cli import reid_compare, reid_eval, reid_train
 from reid_fastai.config import RunConfig, read_config
+from reid_fastai.core import DivergedError
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.files import *
 from reid_fastai.results import write_results
@@ -326,3 +327,16 @@ def test_a_signal_in_a_destructor_ends_the_command(sig, code, capsys):
     finally: signal.signal(signal.SIGINT, old)
     err = capsys.readouterr().err
     assert 'Traceback' not in err and len(err.splitlines())==2 and time.monotonic()-begun<10
+
+def test_a_diverged_run_is_not_trained_again(data, tmp_path, monkeypatch):
+    "Repeating a comparison or the paper's table would train it each time, with the same result"
+    monkeypatch.setattr(config, '_largest_lr', 1e30)
+    cfg = RunConfig(data, arch='test_resnet', pretrained='none', size='64x32', epochs=2, steps=2, n_pids=4, lr=1e30)
+    train = lambda: runs.train_run(tmp_path/'r', runs.load_splits(data), cfg, 'cpu', 0)
+    with pytest.raises(DivergedError) as first: train()
+    monkeypatch.setattr(runs, 'fit_run', lambda *_: pytest.fail('it trains'))
+    with pytest.raises(DivergedError, match='Delete .*diverged.json to train it again') as again: train()
+    assert str(again.value).startswith(str(first.value))
+    lost = read_json(tmp_path/'r'/'diverged.json')
+    write_json(tmp_path/'r'/'diverged.json', dict(lost, versions=dict(lost['versions'], torch='1.0')))
+    with pytest.raises(pytest.fail.Exception, match='it trains'): train()

@@ -17,6 +17,7 @@ from fastcore.all import *
 
 from .arrays import ArrayHistory
 from .weight_decay import *
+from .weight_decay import _wds
 from ..core import unwrap
 from ..regularizers import *
 
@@ -103,7 +104,7 @@ def _join(self:L2Callback):
         self._metric = ValueMetric(self.penalty, 'penalty')
         self.learn.metrics = self.learn.metrics + [self._metric]
     theta,opt = getattr(self.regularizer, 'theta', None),self.learn.opt
-    if theta is not None and opt is not None and not any(p is theta for g in opt.param_lists for p in g):
+    if theta is not None and opt is not None and id(theta) not in _in_opt(self.learn):
         opt.param_lists[-1].append(theta)
         opt.state.setdefault(theta, {})  # after `load` and `lr_find`, fastai's optimizers make no entries of their own
 
@@ -113,7 +114,7 @@ def before_fit(self:L2Callback):
     self._build(self.learn)
     self._unspare()
     self._join()
-    if self.opt is not None and (wd := max(h.get('wd') or 0 for h in self.opt.hypers)):  # `validate` runs without an optimizer
+    if self.opt is not None and (wd := max(_wds(self.opt))):  # `validate` runs without an optimizer
         self.opt.set_hypers(wd=0.)  # the decay given to this `fit` must not remain for the next
         refuse_wd(wd)
 

@@ -159,7 +159,7 @@ class L2SP(L2Callback):
         groups = L(learn.splitter(unwrap(learn.model)))
         new = {id(p) for p in L(groups[-1])} if len(groups)>1 and isinstance(first(groups), (L,list)) else set()
         for n,w in unwrap(learn.model).named_parameters():
-            if n in param_kinds(learn.model) and id(w) not in new and (n not in self._starts or self._starts[n].shape!=w.shape): self._starts[n] = w.detach().clone()
+            if n!=THETA and id(w) not in new and (n not in self._starts or self._starts[n].shape!=w.shape): self._starts[n] = w.detach().clone()
         super()._build(learn)
 
     def _regularizer(self, model): return L2SPRegularizer(model, self._starts, **self.kwargs).to(next(model.parameters()).device)

@@ -60,9 +60,9 @@ def _named(self:RotationControl):
 @patch
 def _find(self:RotationControl):
     "Names of the scale-invariant arrays, without `exclude`"
-    model,ws = self.learn.model,dict(zip(self.regularizer.names, self.regularizer.arrays))
+    model,ws,named = self.learn.model,dict(zip(self.regularizer.names, self.regularizer.arrays)),{*self._named()}
     with torch.autocast(first(ws.values()).device.type, enabled=False):
-        found = [n for n in scale_invariant(model, *self.xb) if n in self._named()]
+        found = [n for n in scale_invariant(model, *self.xb) if n in named]
         if not all(m.training for m in model.modules()):  # a frozen norm does not divide by the statistics of the batch; arrays that are frozen too may be trained later, with their norms
             free = [n for n in found if ws[n].requires_grad]
             kept = scale_invariant(model, *self.xb, names=free, train=False)

@@ -11,7 +11,7 @@ import torch
 from fastcore.all import *
 
 from ..core import progress
-from ..data.splits import DISTRACTOR_PID,JUNK_PID
+from ..data.splits import DISTRACTOR_PID,JUNK_PID,count_nonmatches
 from ..distributed import join_parts,my_part
 from .ranked import RetrievalResults
 
@@ -24,7 +24,7 @@ class Pairs:
         self.results = results
         (q,_),(g,_) = results._q,results._g
         self.queries = ((q!=JUNK_PID)&(q!=DISTRACTOR_PID)).nonzero().flatten()
-        self.n_nonmatch = len(self.queries)*len(g)-int(results._n[self.queries].sum())
+        self.n_nonmatch = count_nonmatches(q.cpu().numpy(), g.cpu().numpy())
         if not self.n_nonmatch: raise ValueError(f'There are no non-matching pairs: all {len(g)} gallery images show the person of the query. At least two identities are needed.')
         self._nearest = ()
         self._collect()

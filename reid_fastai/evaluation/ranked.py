@@ -7,6 +7,7 @@ __all__ = ['RetrievalResults']
 
 # %% ../../nbs/09c_evaluation.ranked.ipynb #117f52c1
 import warnings
+from importlib import import_module
 from numbers import Integral
 from pathlib import Path
 
@@ -66,6 +67,13 @@ class RetrievalResults:
         self.ranks = self._count() if ranks is None else ranks
 
     def __len__(self): return len(self.q_pids)
+    def __reduce__(self): return _opened,(vars(self),)
+
+def _opened(state):
+    "Results of another process, with the methods that later modules add"
+    import_module('reid_fastai.evaluation.all')
+    (res := object.__new__(RetrievalResults)).__dict__.update(state)
+    return res
 
 def _not_junk(g_pids):
     "Indices of the gallery images that are not junk"

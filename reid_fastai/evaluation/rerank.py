@@ -110,7 +110,7 @@ def _overlap(Vq, Vg):
     return np.bincount(row*m+Vg.indices[at], np.minimum(Vq.data[entry], Vg.data[at]), n*m).reshape(n, m)
 
 # %% ../../nbs/11_evaluation.rerank.ipynb #40f881a4
-class RerankedDistances:
+class RerankedDistances(Distances):
     "Distances of queries to a gallery after k-reciprocal re-ranking"
     def __init__(self,
         base:Distances, # Original distances
@@ -141,12 +141,6 @@ def keys(self:RerankedDistances,
             k[i:i+16,:m] += torch.as_tensor((1-lam)*(1-s/(2-s))).to(k)
         k[:,m:] = torch.inf # they are NaN if λ = 0
         yield rows,k
-
-@patch
-def blocks(self:RerankedDistances
-    ) -> Iterator: # (slice of queries, (n, m) distances)
-    "Blocks of re-ranked distances"
-    for rows,k in self.keys(): yield rows,k[:,:self.shape[1]]
 
 # %% ../../nbs/11_evaluation.rerank.ipynb #1f2261cd
 def rerank_memory(

@@ -236,7 +236,7 @@ def build_reid_net(
     regions:int=2, # Number of horizontal strips with a branch each; 0 for the light head; ignored by published networks
     pretrained:bool|str|Path=True, # True for pretrained backbone weights, False for random ones, or a file; for published networks also a file of the whole network
     size:tuple|None=None, # (height, width) of the images, px, for networks that accept only one size (`rga_sc_resnet50`); None: 256×128
-    drop_path:float|None=None # Probability of leaving out the last residual branch in training, which rises from 0 at the first; None: the default of timm or torchvision
+    drop_path:float|None=None # Upper bound of the probability of leaving out a residual branch in training, which rises from 0 at the first; None: the default of timm or torchvision
 ) -> ReIDNet: # The network
     "Build a Re-ID network from a backbone, or a published network by its name"
     n_classes,regions,size = check_int('n_classes', n_classes, 1),check_int('regions', regions),size and check_size(size, 32)
