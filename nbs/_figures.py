@@ -3,7 +3,7 @@ import io, shutil, sys
 from pathlib import Path
 
 from PIL import Image
-from reid_fastai.data.synthetic import Pedestrian, SynthCamera, render_pedestrian
+from reid_fastai.data.render import Pedestrian, SynthCamera, render_pedestrian
 
 def pedestrians(n=12, rows=3, gap=4):
     "Contact sheet: a person a column, a camera a row"

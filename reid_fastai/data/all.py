@@ -2,6 +2,7 @@ from .splits import *
 from .csv_files import *
 from .datasets import *
 from .holdout import *
+from .render import *
 from .synthetic import *
 from .sampler import *
 from .augment import *
