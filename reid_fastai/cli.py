@@ -11,6 +11,7 @@ from glob import escape
 from importlib.metadata import entry_points
 from inspect import signature
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 if int(os.environ.get('WORLD_SIZE', 1))>1: os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # before torch is imported; otherwise a lost process is reported in many lines of C++
@@ -69,7 +70,7 @@ def _new_folder(out, default, again):
     if again:
         if was := first(o for o in ([out] if out else sorted(Path('runs').glob(f'{escape(Path(default).name)}-*-{os.getppid()}'), reverse=True)) if begun(o)): return Path(was)
     out = Path(ifnone(out, f'{default}-{time.strftime("%Y%m%d-%H%M%S")}-{os.getppid() if launcher else os.getpid()}'))
-    if os.path.lexists(out): raise ValueError(f'{out} exists already, and a run never overwrites another. Give another `--out`; `--resume {out}` resumes an interrupted run.')
+    if os.path.lexists(out): raise ValueError(f'{out} exists already, and a run never overwrites another. Give another `--out`; `--resume {quote(str(out))}` resumes an interrupted run.')
     check_writable(out, folder=True)
     return out
 
@@ -83,7 +84,7 @@ def _resumed(run, chosen):
     cfg = read_config(run)
     if odd := sorted(k for k,v in chosen.items() if v!=signature(RunConfig).parameters[k].default):
         names = ", ".join(f"--{o.replace('_', '-')}" for o in odd if o!='data') or 'DATA'
-        if read_results(run): raise ValueError(f'{names}: {run} is complete. Start a new run from its weights: reid-train DATA --pretrained {Path(run)/"model.safetensors"}. It loads {_loaded(cfg.arch)}.')
+        if read_results(run): raise ValueError(f'{names}: {run} is complete. Start a new run from its weights: reid-train DATA --pretrained {quote(str(Path(run)/"model.safetensors"))}. It loads {_loaded(cfg.arch)}.')
         raise ValueError(f'{names}: an interrupted run is resumed with the options of {run}/config.json. Leave them out.')
     return cfg
 
@@ -148,9 +149,9 @@ def _embed(file, files, paths, flip, kept, device, check):
     return feats
 
 def _queries(results, splits, df):
-    "Table of the queries, with metrics in per cent, the names of identities, and the image of each query"
+    "Table of the queries, with metrics in per cent, the names of identities and cameras, and the image of each query"
     res = results.per_query()
-    return res.assign(AP=100*res.AP, INP=100*res.INP, pid=[splits.pid_names.get(o, o) for o in res.pid], path=df.path[df.split=='query'].to_numpy())
+    return res.assign(AP=100*res.AP, INP=100*res.INP, pid=[splits.pid_names.get(o, o) for o in res.pid], camid=[splits.camid_names.get(o, o) if splits.has_cameras else None for o in res.camid], path=df.path[df.split=='query'].to_numpy())
 
 _verification = [f'verification.{o}' for o in ('json','csv','png')]
 
@@ -216,13 +217,13 @@ def reid_eval(
         if csv: atomic_write(csv, _queries(found[-1], splits, df).to_csv(index=False))
         if out:
             write_json(Path(out)/'evaluation.json', dict(result_figures(found[0]), model=str(file), data=str(data), metric=metric, flip=flip, **({'reranked': result_figures(found[1])} if rerank else {})))
-            by_leader(save_ranked)(found[-1], df, files, Path(out)/'ranked.png')
+            by_leader(save_ranked)(found[-1], df, files, Path(out)/'ranked.png', pid_names=splits.pid_names, camid_names=splits.camid_names)
         if verify: _verify(pairs, shown, file, data, flip, far)
     return found[-1]
 
 def _trained_on(file):
     if not file.with_name('config.json').exists():
-        raise ValueError(f'{file} has no config.json beside it, so the data of the run is not known. Name a dataset: reid-eval {file} DATA')
+        raise ValueError(f'{file} has no config.json beside it, so the data of the run is not known. Name a dataset: reid-eval {quote(str(file))} DATA')
     return read_config(file.parent).data
 
 # %% ../nbs/21_cli.ipynb #51b6ce5f

@@ -24,18 +24,18 @@ from .evaluation.distances import check_metric
 from .evaluation.verification import _check_rate
 from .files import *
 from .gallery import *
-from .gallery_table import _remote
+from .gallery_table import _expanded,_remote
 from .runs import chosen_device
 from .search_results import *
 from .shell import *
 
 # %% ../nbs/21a_cli_search.ipynb #a123d900
 def list_images(
-    paths:list # Files and folders
+    paths:list|str|Path # Files and folders, or a single one
 ) -> list: # Image files, each once; those of a folder are sorted, from any depth, without hidden files
     "List image files, including those in folders"
     res = []
-    for o in paths:
+    for o in L(paths):
         if os.path.isfile(o): res.append(o)
         elif os.path.isdir(o):
             try: found = sorted(map(str, _images_below(o)))
@@ -75,35 +75,40 @@ def reid_embed(
 ) -> Gallery: # The gallery
     "Embed images into a gallery"
     if not out: raise ValueError('--out is missing: name the gallery to make, or to add to with --append.')
+    out = _expanded(out)
     if metric: check_metric(metric)
     device = chosen_device(device)
     if not append: return _new_gallery(model, images, out, boxes, ifnone(metric, 'cosine'), device, quiet)
     gallery = Gallery.load(out, model, device)
     if metric not in (None, gallery.metric): raise ValueError(f'--metric {metric}: {brief(out, 120)} has {gallery.metric} distances. Leave `--metric` out, or make a new gallery.')
     files,cols = _images(images, boxes)
-    known,again = gallery.has(files, _boxes(cols)),pd.Series([*zip(files, ifnone(_boxes(cols), files))]).duplicated()
+    return _add(gallery, *_new(files, cols, gallery.has(files, _boxes(cols))), out, quiet)
+
+def _new(files, cols, known):
+    "Images and columns without those that are `known` or listed again, and the number of those left out"
+    again = pd.Series([*zip(files, ifnone(_boxes(cols), files))]).duplicated()
     new = [i for i,(a,b) in enumerate(zip(known, again)) if not (a or b)]
-    return _add(gallery, [files[i] for i in new], {k: [o[i] for i in new] for k,o in cols.items()}, out, quiet, skipped=len(files)-len(new))
+    return [files[i] for i in new],{k: [o[i] for i in new] for k,o in cols.items()},len(files)-len(new)
 
 _part = 4096  # images that are embedded before they are committed
 
-def _add(gallery, files, cols, out, quiet, start=0, skipped=0):
+def _add(gallery, files, cols, skipped, out, quiet, start=0):
     "Add the images from number `start` on, in parts"
     for i in range(start, n := len(files), _part):
         try: gallery.add(files[i:i+_part], **{k: o[i:i+_part] for k,o in cols.items()})
         except (ValueError, MemoryError, KeyboardInterrupt) as e:
             if i: e.args = (f'{i} of {n} images were added to {brief(out, 80)}; give the command again with --append for the others. {e}',)
             raise
-    with _quietly(quiet): print(f'{n} images added{f", {skipped} skipped that are in the gallery" if skipped else ""}.\n{brief(out, 120)}: {len(gallery)} images, version {gallery.table.version}')
+    with _quietly(quiet): print(f'{n} images added{f", {skipped} skipped that are in the gallery or listed again" if skipped else ""}.\n{brief(out, 120)}: {len(gallery)} images, version {gallery.table.version}')
     return gallery
 
 def _new_gallery(model, images, out, boxes, metric, device, quiet):
     "Create a gallery with its first part at once, and add the others; on object storage, images are added to an empty gallery"
     check_new(out)
-    files,cols = _images(images, boxes)
-    if _remote(out): return _add(Gallery.create(model, out, metric, device), files, cols, out, quiet)
+    files,cols,skipped = _new(*(o := _images(images, boxes)), [False]*len(o[0]))
+    if _remote(out): return _add(Gallery.create(model, out, metric, device), files, cols, skipped, out, quiet)
     with atomic_dir(out) as tmp: Gallery.create(model, tmp, metric, device).add(files[:_part], **{k: o[:_part] for k,o in cols.items()})
-    return _add(Gallery.load(out, model, device), files, cols, out, quiet, start=_part)
+    return _add(Gallery.load(out, model, device), files, cols, skipped, out, quiet, start=_part)
 
 # %% ../nbs/21a_cli_search.ipynb #7abd6073
 def _one_box(box, files):

@@ -192,6 +192,6 @@ def read_config(
     "Read the options of a run"
     file = Path(out)/'config.json'
     if not str(out).strip() or not os.path.exists(file): raise ValueError(f'{str(out)!r} is no run folder: it has no config.json.')
-    opts = {k:v for k,v in read_json(file).items() if k not in ('dataset','versions')}
+    opts = {k:v for k,v in read_json(file).items() if k not in ('dataset','versions','weights')}
     try: return RunConfig(**opts)
     except TypeError as e: raise ValueError(f'{file} does not hold the options of a run ({e}). It was damaged, or written by another version.') from e

@@ -8,6 +8,7 @@ __all__ = ['Gallery', 'check_new']
 # %% ../nbs/18e_gallery.ipynb #6000999d
 import os,warnings
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,10 @@ def has(self:Gallery,
     boxes:list|None=None # For each image its box (x1, y1, x2, y2), or None for the whole image
 ) -> list: # True for each image that is in the gallery
     "Whether the gallery has an image with the same path and the same box"
-    paths,key = image_list(paths),lambda p,b: (os.path.abspath(p), *ifnone(b, (None,)*4))
+    paths,real = image_list(paths),cache(os.path.realpath)
+    def key(p, b):  # a folder can be reached by several paths
+        folder,name = os.path.split(os.path.abspath(p))
+        return os.path.join(real(folder), name),*ifnone(b, (None,)*4)
     keys = [key(*o) for o in zip(paths, ifnone(boxes, [None]*len(paths)), strict=True)]
     found = set()
     def see(i, t):

@@ -22,7 +22,7 @@ from .data.image import image_list
 from .evaluation.distances import as_feats,check_metric
 from .export import load_embedder
 from .files import checksum,check_writable,model_file,read_bytes
-from .gallery_table import _database,_exists,_format,_lancedb,_meta,_missing,_proofs,_remote,_schema,_stored,_table,_vectors_proof
+from .gallery_table import _database,_exists,_expanded,_format,_lancedb,_meta,_missing,_proofs,_remote,_schema,_stored,_table,_vectors_proof
 from .search_results import thumbnail
 
 # %% ../nbs/18d_gallery_store.ipynb #02f342f7
@@ -30,7 +30,7 @@ def check_new(
     path:str|Path # Folder to create, or address of object storage, which is checked when the gallery is made
 ):
     "Raise `ValueError` unless a new gallery can be created at `path`"
-    if _remote(path): return
+    if _remote(path := _expanded(path)): return
     if os.path.lexists(path) and (not os.path.isdir(path) or os.listdir(path)): raise _exists(path)
     check_writable(path, folder=True)
 
@@ -115,7 +115,7 @@ def create(cls:Gallery,
 ) -> Gallery: # Gallery without images
     "Create an empty gallery"
     check_metric(metric)
-    lancedb,file = _lancedb(),model_file(model)
+    lancedb,file,path = _lancedb(),model_file(model),_expanded(path)
     embedder = load_embedder(file, device)
     h,w = embedder.size
     check_new(path)
@@ -133,7 +133,7 @@ def load(cls:Gallery,
     device:str='cpu' # Device for embedding
 ) -> Gallery: # The gallery
     "Open a gallery"
-    if not _remote(path) and not os.path.isdir(Path(path)/f'{_table}.lance'):
+    if not _remote(path := _expanded(path)) and not os.path.isdir(Path(path)/f'{_table}.lance'):
         raise _missing(path, 'is no gallery' if os.path.exists(path) else 'does not exist')
     lancedb = _lancedb()
     with _database(path): table = lancedb.connect(str(path)).open_table(_table)

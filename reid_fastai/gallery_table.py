@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/18c_gallery_table.ipynb #29cd9889
 import json,os,re
 from contextlib import contextmanager
+from shlex import quote
 from zlib import crc32
 
 import numpy as np
@@ -20,6 +21,8 @@ from .files import checksum
 _key,_format,_table = b'reid_fastai',2,'images'
 
 def _remote(path): return '://' in str(path)
+
+def _expanded(path): "`path` with the home folder in place of `~`, as the database reads it"; return path if _remote(path) else type(path)(os.path.expanduser(path))
 
 def _lancedb():
     "Import the database; it takes seconds, so it is done only when needed"
@@ -66,7 +69,7 @@ def _stored(t): return t['proof'].combine_chunks().flatten().to_numpy().reshape(
 
 # %% ../nbs/18c_gallery_table.ipynb #f4207ba2
 def _exists(path): return ValueError(f'{brief(path, 120)} exists already, and nothing is replaced. Name another place, or add to this gallery with `reid-embed --append` or `Gallery.load(…).add(…)`.')
-def _missing(path, why='does not exist'): return ValueError(f'{brief(path, 120)} {why}. `reid-embed MODEL FOLDER --out {brief(path, 60)}` makes a gallery.')
+def _missing(path, why='does not exist'): return ValueError(f'{brief(path, 120)} {why}. `reid-embed MODEL FOLDER --out {quote(brief(path, 60))}` makes a gallery.')
 
 def _plainly(text):
     "A message of the database without the layers that passed it on, and the place in its source"

@@ -42,10 +42,11 @@ def save_ranked(
     results:RetrievalResults, # Results of a search
     df:pd.DataFrame, # Rows of `search_rows`
     files:list, # Files of `search_rows`
-    path:str|Path # PNG to write or replace
+    path:str|Path, # PNG to write or replace
+    **kwargs # Other arguments of `plot_ranked`, such as `pid_names`
 ):
     "Write a figure of some queries and their nearest gallery images"
-    save_figure(plot_ranked(results, *([f for f,s in zip(files, df.split) if s==split] for split in ('query','gallery')))[0,0].figure, path)
+    save_figure(plot_ranked(results, *([f for f,s in zip(files, df.split) if s==split] for split in ('query','gallery')), **kwargs)[0,0].figure, path)
 
 # %% ../nbs/18f_results.ipynb #9698d12f
 def result_figures(

@@ -10,6 +10,7 @@ __all__ = ['load_splits', 'check_device', 'chosen_device', 'check_compiler', 'bu
 import json,os,platform,warnings
 from contextlib import ExitStack,contextmanager
 from pathlib import Path
+from shlex import quote
 
 import fastai,timm,torch
 from fastai.callback.progress import ProgressCallback
@@ -74,6 +75,16 @@ def _check_same(out, wanted):
         k,old,new = diff
         raise ValueError(f'{out} was begun with {k}={old!r}, but this call has {new!r}. Take another folder for another run.')
     if found['versions']!=plain['versions']: warnings.warn(f'{out} was begun with {found["versions"]}, and goes on with {plain["versions"]}: the figures may differ in their last digits.')
+
+def _starts(cfg):
+    "Checksum of the file of initial weights for L2-SP, which needs the same file again if the run is resumed"
+    return dict(weights=checksum(read_bytes(cfg.weights))) if cfg.l2=='l2sp' and isinstance(cfg.weights, str) else {}
+
+@by_leader
+def _check_starts(out, starts):
+    "Raise `ValueError` if L2-SP would pull towards other weights than those that the run began with"
+    if (was := read_json(out/'config.json').get('weights')) and was!=starts['weights']:
+        raise ValueError(f'{out} was begun with other initial weights than the file holds now, and l2=l2sp pulls towards them. Restore that file, or begin another run.')
 
 # %% ../nbs/19_runs.ipynb #60ba57c5
 def check_device(
@@ -154,7 +165,8 @@ def make_learner(
     parts = hold_out(splits, cfg.val_pids, cfg.seed) if cfg.val_pids else splits
     if cfg.val_pids and not (Path(out)/'checkpoint.pth').exists(): check_test_images(splits, cfg.size)  # a run that is resumed has checked them
     set_seed(cfg.seed)
-    net = build_net(cfg, parts.n_train_pids)
+    resumed = (Path(out)/'checkpoint.pth').exists()  # all arrays come from there; only L2-SP needs the initial ones
+    net = build_net(cfg.but(pretrained='none') if resumed and cfg.l2!='l2sp' else cfg, parts.n_train_pids)
     recipe = find_recipe(cfg.arch) if cfg.recipe=='published' else None
     dls = ReIDDataLoaders.from_splits(parts, cfg.size, n_pids=cfg.n_pids, n_imgs=cfg.n_imgs, steps=cfg.steps, seed=cfg.seed, path=out,
                                       num_workers=workers, device=device, batch_tfms=published_augs(recipe) if recipe else None)
@@ -194,11 +206,12 @@ def train_run(
             _check_same(out, asked)
             if done := read_results(out): return done
             _check_diverged(out)
+            _check_starts(out, _starts(cfg))
         keep_freed_memory()
         learn = make_learner(splits, cfg, out, device, workers)
         if not begun:
             if cfg.rerank: by_leader(check_rerank)(len(search_rows(splits)[0]), unwrap(learn.model).n_features)
-            by_leader(_begin)(out, asked)
+            by_leader(_begin)(out, {**asked, **_starts(cfg)})
             stack.enter_context(hold_folder(out))
         with _kept(out):
             _fit(out, learn, cfg)
@@ -210,7 +223,7 @@ def _begin(out, asked):
 @contextmanager
 def _kept(out):
     "Add instructions for resuming to the errors that end a run"
-    how = f'resume it with `reid-train --resume {out}`.'
+    how = f'resume it with `reid-train --resume {quote(str(out))}`.'
     try: yield
     except KeyboardInterrupt as e: raise type(e)(f'The run is kept in {out}; {how}') from e
     except WriteError as e: raise WriteError(f'{e} When there is space, {how}') from e
@@ -269,7 +282,7 @@ def _finish(out, learn, splits, cfg):
 def _write(out, learn, splits, cfg, results, res):
     "Write the model, the figures, the summary and the results"
     save_model(learn.model, out/'model.safetensors', cfg['size'], dataset=splits.name)
-    save_ranked(results, *search_rows(splits), out/'ranked.png')
+    save_ranked(results, *search_rows(splits), out/'ranked.png', pid_names=splits.pid_names, camid_names=splits.camid_names)
     if (cb := find_l2(learn)) and (cb.history.angle>0).any(): save_figure(learn.plot_angle_hist().figure, out/'angle_hist.png')
     if isinstance(cb, L2Callback):
         lam = _penalised(cb.history)[lambda o: o.epoch==o.epoch.max()].lam

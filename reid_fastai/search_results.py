@@ -9,6 +9,7 @@ __all__ = ['thumbnail', 'SearchResults', 'default_far', 'read_threshold']
 import base64,html,io
 from functools import lru_cache
 from pathlib import Path
+from shlex import quote
 
 import matplotlib
 import numpy as np
@@ -88,7 +89,7 @@ def read_threshold(
     "Read a threshold that `reid-eval --verify` has measured for a model, to use with embeddings averaged over image and mirror image"
     v,file,far = read_verification(model),model_file(model),ifnone(far, default_far(open_set))
     run,file = file.parent if file.name=='model.safetensors' else model,brief(file.with_name('verification.json'), 80)
-    again = ' '.join(L('reid-eval', brief(run, 60), v['data'] and brief(v['data'], 60), '--verify', metric!='cosine' and f'--metric {metric}').filter())
+    again = ' '.join(L('reid-eval', quote(brief(run, 60)), v['data'] and quote(brief(v['data'], 60)), '--verify', metric!='cosine' and f'--metric {metric}').filter())
     if not v['flip']: raise ValueError(f'{file} was measured with --no-flip, and galleries average embeddings over image and mirror image. Measure it anew: {again} --flip')
     if v['metric']!=metric: raise ValueError(f'{file} has thresholds for {brief(v["metric"], 20)} distances, and the gallery has {metric}. Measure it anew: {again}')
     known = {float(k): o['threshold'] for k,o in v['dir' if open_set else 'thresholds'].items()}

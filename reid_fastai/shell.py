@@ -99,8 +99,11 @@ def _parse(func, prog, pos, args):
     for o in [o for o in flags if o.option_strings[0].startswith('--no-')]:  # add an option `--x` for each `--no-x`
         p.add_argument('--'+o.option_strings[0][5:], dest=o.dest, action='store_true', default=True, help=argparse.SUPPRESS)
         o.help = f'Switch off: {o.help[0].lower()}{o.help[1:].removesuffix(" (default: True)")}'
-    res = vars(p.parse_args(args))
+    parse = p.parse_args if '--' in args else p.parse_intermixed_args  # the latter also takes positional arguments between options, but not all that may follow `--`
+    res = vars(parse(args))
     for k in ('pdb','xtra'): res.pop(k)
+    home = lambda o: os.path.expanduser(o) if isinstance(o, str) and o.startswith('~/') else o  # a shell leaves the ~ in `--out=~/x` as it is
+    res = {k: [*map(home, v)] if isinstance(v, list) else home(v) for k,v in res.items()}
     # A shell variable that is not set arrives as an empty text, and would be taken for an omitted option
     if empty := first(k for k,v in res.items() if isinstance(v, str) and not v.strip() or isinstance(v, list) and any(isinstance(o, str) and not o.strip() for o in v)):
         raise ValueError(f"{empty}='': it is empty. Is a shell variable unset? Leave it out for its default.")

@@ -7,6 +7,7 @@ import pandas as pd, pytest, torch
 from PIL import Image
 
 from reid_fastai import cli, cli_export, cli_search, interpret, results, runs
+from reid_fastai.callback.checkpoint import Checkpoint
 from reid_fastai.cli import *
 from reid_fastai.comparison_results import comparison_table, plot_strengths
 from reid_fastai.config import RunConfig
@@ -450,3 +451,64 @@ def test_what_is_writable_can_be_written(name, tmp_path):
     check_writable(tmp_path/name)
     atomic_write(tmp_path/name, 'a')
     assert (tmp_path/name).read_text()=='a' and len(list(tmp_path.iterdir()))==1
+
+def _interrupted(data, out, monkeypatch, **args):
+    "A run that was interrupted after its first epoch"
+    def stop(self, after=Checkpoint.after_epoch):
+        after(self)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(Checkpoint, 'after_epoch', stop)
+        with pytest.raises(KeyboardInterrupt): reid_train(data, out=out, **{**tiny_args, **args})
+    return out
+
+def test_resume_without_the_initial_weights(data, run, tmp_path, monkeypatch):
+    "A checkpoint has all arrays, so the file that the run began with may be gone, or be another one"
+    shutil.copy(run/'model.safetensors', file := tmp_path/'w.safetensors')
+    whole = reid_train(data, out=tmp_path/'whole', **{**tiny_args, 'pretrained': str(file)})
+    cut = _interrupted(data, tmp_path/'cut', monkeypatch, pretrained=str(file))
+    file.unlink()
+    reid_train(resume=cut)
+    assert (cut/'model.safetensors').read_bytes()==(whole/'model.safetensors').read_bytes()
+
+def test_l2sp_is_resumed_with_the_same_initial_weights(data, run, tmp_path, monkeypatch):
+    "Its penalty is the distance from them"
+    shutil.copy(run/'model.safetensors', file := tmp_path/'w.safetensors')
+    whole = reid_train(data, out=tmp_path/'whole', l2='l2sp', **{**tiny_args, 'pretrained': str(file)})
+    cut = _interrupted(data, tmp_path/'cut', monkeypatch, l2='l2sp', pretrained=str(file))
+    save_model(build_reid_net('test_resnet', 5, regions=0, pretrained=False), file, (64,32))
+    with pytest.raises(ValueError, match='begun with other initial weights'): reid_train(resume=cut)
+    shutil.copy(run/'model.safetensors', file)
+    reid_train(resume=cut)
+    assert (cut/'model.safetensors').read_bytes()==(whole/'model.safetensors').read_bytes()
+    file.unlink()
+    assert reid_train(resume=cut)==cut  # complete: it is only read
+
+def _named(data, folder, columns):
+    "A CSV file of three people, seen by cameras with names"
+    files = sorted(Path(data).glob('bounding_box_test/[0-9]*.jpg'))
+    df = pd.DataFrame([(str(files[i]), ['anna','bert','carl'][i//4], ['door','hall','yard','7'][i%4], 'gallery' if i%4 else 'query') for i in range(12)], columns=['path','pid','camid','split'])
+    df[columns].to_csv(path := folder/'named.csv', index=False)
+    return path
+
+def test_names_of_people_and_cameras_in_the_outputs_of_eval(run, data, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(results, 'plot_ranked', interpret.plot_ranked)
+    monkeypatch.setattr(results, 'save_figure', lambda fig, path: titles.extend(o.get_title() for o in fig.axes))
+    reid_eval(run, str(_named(data, tmp_path, ['path','pid','camid','split'])), out=tmp_path/'e', csv=tmp_path/'q.csv')
+    df = pd.read_csv(tmp_path/'q.csv')
+    assert df.pid.tolist()==['anna','bert','carl'] and df.camid.tolist()==['door']*3
+    assert titles[0]=='query 0\nanna\ndoor' and not any('id ' in o or 'cam ' in o for o in titles)
+    reid_eval(run, str(_named(data, tmp_path, ['path','pid','split'])), csv=tmp_path/'q.csv')
+    assert pd.read_csv(tmp_path/'q.csv').camid.isna().all()  # unknown
+
+def test_commands_in_messages_can_be_copied(data, tmp_path, monkeypatch):
+    "Also if a path has spaces"
+    with pytest.raises(KeyboardInterrupt) as e:
+        monkeypatch.setattr(Checkpoint, 'after_epoch', lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        reid_train(data, out=(out := tmp_path/'my run'), **tiny_args)
+    assert shlex.split(re.search('`(.*)`', str(e.value))[1])==['reid-train','--resume',str(out)]
+    with pytest.raises(ValueError) as e: reid_train(data, out=out, **tiny_args)
+    assert shlex.split(re.search('`(.*)`', str(e.value))[1])==['--resume',str(out)]
+    with pytest.raises(ValueError) as e: read_verification(save_model(build_reid_net('test_resnet', 5, regions=0, pretrained=False), tmp_path/'a b.safetensors', (64,32)))
+    assert shlex.split(str(e.value).split('Create it: ')[1])==['reid-eval',str(tmp_path/'a b.safetensors'),'--verify']

@@ -707,3 +707,28 @@ def test_a_pickled_gallery_can_search(home):
     "In a process that has not imported the module which adds the methods"
     make,args = Gallery.load(home/'people', home/'run').__reduce__()
     assert make.__module__=='reid_fastai.gallery' and len(make(*args).search(torch.ones(1, 512), 1).df)==1
+
+def test_a_folder_under_two_names(home, files, capsys):
+    "A link to a folder does not make other images of those below it"
+    shutil.copytree(files[0].parent, home/'photos')
+    (home/'link').symlink_to('photos')
+    n = len(reid_embed(home/'run', 'photos', out=home/'g'))
+    for o in ('link', home/'link', 'link/../photos'): assert len(reid_embed(home/'run', o, out=home/'g', append=True))==n
+    assert Gallery.load(home/'g').has([home/'link'/files[0].name, home/'link'/'no.jpg'])==[True,False]
+
+def test_a_box_that_is_listed_twice_is_added_once(home, files):
+    Image.new('RGB', (120,80), 'gray').save('frame.png')
+    Path('t.csv').write_text('path,x1,y1,x2,y2\n'+'frame.png,10,5,40,60\n'*2+'frame.png,60,12,90,70\n')
+    for append in (False, True): assert len(reid_embed(home/'run', boxes='t.csv', out=home/'g', append=append))==2
+
+def test_a_single_photo_in_python(home, files):
+    want = reid_search(home/'people', [files[0]], k=2).df
+    for o in (files[0], str(files[0])): assert reid_search(home/'people', o, k=2).df.equals(want)
+
+def test_a_gallery_in_the_home_folder(home, files, monkeypatch):
+    "The database replaces ~ by the home folder, and so must all else"
+    monkeypatch.setenv('HOME', str(home/'me'))
+    assert len(Gallery.create(home/'run', '~/a').add(files[:2]))==2==len(Gallery.load('~/a')) and (home/'me'/'a').is_dir()
+    for append in (False, True): assert len(reid_embed(home/'run', files[:2], out='~/b', append=append))==2
+    assert {o.name for o in (home/'me').iterdir()}=={'a','b'} and not (home/'~').exists()
+    with pytest.raises(ValueError, match='exists already'): reid_embed(home/'run', files[:2], out='~/b')

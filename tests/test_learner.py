@@ -434,3 +434,14 @@ def test_grey_images():
     grey = np.arange(8, dtype=np.uint8).reshape(4, 2)
     want = np.stack([grey]*3, 2)
     for o in grey,grey[...,None],torch.tensor(grey)[None],Image.fromarray(grey): assert np.array_equal(as_image(o), want)
+
+def test_the_graph_has_no_validation_loss(dls, tmp_path):
+    "fastai draws the second column of the table as validation loss, which would be the penalty or mAP"
+    learn,drawn = tiny_learner(dls, cbs=[AdaptiveL2(), ShowGraphCallback()], eval_every=1),[]
+    class Spy(Callback):
+        def before_train(self): self.progress.mbar.update_graph = lambda graphs, x, y: drawn.append(([[*map(float, o)] for _,o in graphs], x, y))
+    learn.fit(2, 1e-3, cbs=Spy())
+    n,losses = len(dls.train),[float(o) for o in learn.recorder.losses]
+    assert drawn==[([losses[:n]], (0, 2*n), (0, max(losses[:n]))), ([losses], (0, 2*n), (0, max(losses)))]
+    learn.path = tmp_path
+    learn.export('graph.pkl')

@@ -8,12 +8,13 @@ from torch._utils import ExceptionWrapper
 
 from reid_fastai import cli, config, files, runs, shell as shell_module
 from reid_fastai.cli import reid_compare, reid_eval, reid_train
+from reid_fastai.cli_search import reid_embed, reid_search
 from reid_fastai.config import RunConfig, read_config
 from reid_fastai.core import DivergedError
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.files import *
 from reid_fastai.results import write_results
-from reid_fastai.shell import Patient, one_line, run_command
+from reid_fastai.shell import Patient, _parse, one_line, run_command
 
 tiny = ['--arch', 'test_resnet', '--pretrained', 'none', '--size', '64x32', '--n-pids', '4', '--epochs', '2', '--steps', '2']
 pos = dict(reid_train=['data'], reid_eval=['run','data'], reid_compare=['data'])
@@ -340,3 +341,24 @@ def test_a_diverged_run_is_not_trained_again(data, tmp_path, monkeypatch):
     lost = read_json(tmp_path/'r'/'diverged.json')
     write_json(tmp_path/'r'/'diverged.json', dict(lost, versions=dict(lost['versions'], torch='1.0')))
     with pytest.raises(pytest.fail.Exception, match='it trains'): train()
+
+@pytest.mark.parametrize('func,pos,args,want', [
+    (reid_eval, ['run','data'], 'RUN --rerank DATA', dict(run='RUN', data='DATA', rerank=True)),
+    (reid_eval, ['run','data'], '--metric euclidean RUN --far .1 .2 --verify DATA', dict(run='RUN', data='DATA', far=[.1,.2])),
+    (reid_embed, ['images'], 'RUN --out g a b', dict(model='RUN', images=['a','b'], out='g')),
+    (reid_embed, ['images'], 'RUN a --out g b', dict(images=['a','b'])),
+    (reid_search, None, 'g a --k 3 b', dict(gallery='g', photos=['a','b'], k=3)),
+    (reid_search, None, 'g --k 3 -- -a --k', dict(photos=['-a','--k'], k=3)), (reid_search, None, '-- g -a', dict(gallery='g', photos=['-a']))])
+def test_arguments_between_options(func, pos, args, want):
+    res = _parse(func.__wrapped__, 'x', pos, args.split())
+    assert {k: res[k] for k in want}==want
+
+@pytest.mark.parametrize('args,words', [('', 'required: run'), ('a b c', 'arguments: c'), ('a --nope b', 'arguments: --nope')])
+def test_arguments_that_are_missing_or_too_many(args, words):
+    with pytest.raises(ValueError, match=words): _parse(reid_eval.__wrapped__, 'x', ['run','data'], args.split())
+
+def test_home_folder_in_an_option(monkeypatch):
+    "A shell leaves the ~ of `--out=~/x` as it is"
+    monkeypatch.setenv('HOME', '/home/me')
+    res = _parse(reid_search.__wrapped__, 'x', None, ['~/g', 'a', '~/b', '--csv=~/q.csv', '--pid=~', '--where=~x'])
+    assert (res['gallery'],res['photos'],res['csv'],res['pid'],res['where'])==('/home/me/g', ['a','/home/me/b'], '/home/me/q.csv', '~', '~x')

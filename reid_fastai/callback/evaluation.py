@@ -9,6 +9,7 @@ __all__ = ['extract_features', 'search', 'RetrievalMetrics']
 import pandas as pd
 import torch
 from fastai.callback.core import Callback,CancelValidException
+from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.tracker import TrackerCallback
 from fastai.data.load import DataLoader
 from fastai.learner import Learner,ValueMetric
@@ -113,6 +114,12 @@ def _marks(learn):
     "Numbers that differ for other weights, and for loaders with other queries and gallery"
     return [id(_test_df(learn.dls)), *(o.float().sum().item() for o in unwrap(learn.model).state_dict().values() if isinstance(o, torch.Tensor))]
 
+def _draw_losses(cb):
+    "Replaces `after_epoch` of fastai's `ShowGraphCallback`, which would draw the second column of the table, such as the penalty or mAP, as the validation loss"
+    if not cb.nb_batches: return
+    losses = cb.recorder.losses
+    cb.progress.mbar.update_graph([(range_of(losses), losses)], (0, (cb.n_epoch-len(cb.nb_batches))*cb.nb_batches[0]+len(losses)), (0, max(losses)))
+
 class RetrievalMetrics(PlainErrors, Callback):
     "Show mAP and Rank-1 in the training table, in per cent, and keep the results"
     order = 40  # before `Recorder` writes its row
@@ -136,6 +143,7 @@ class RetrievalMetrics(PlainErrors, Callback):
         # TensorBoard and W&B cannot show embeddings as predictions
         for cb in self.learn.cbs:
             if hasattr(cb, 'log_preds'): cb.log_preds = False
+            if isinstance(cb, ShowGraphCallback): cb.after_epoch = partial(_draw_losses, cb)
         if not self.learn.lock.locked(): self._check_fit(self.learn.cbs, not hasattr(self.learn, 'lr_finder'))  # `validate` and `get_preds` hold the lock
 
     def before_epoch(self):

@@ -7,6 +7,7 @@ __all__ = ['Verification', 'read_verification']
 
 # %% ../../nbs/10b_evaluation.verification.ipynb #0aa20002
 from pathlib import Path
+from shlex import quote
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -236,7 +237,7 @@ def read_verification(
 ) -> dict: # 'flip', 'model', 'metric', 'data', 'n_match', 'n_nonmatch', 'n_gallery' (images in the gallery, missing in older files), 'eer', 'thresholds': {'0.001': {'threshold', 'low', 'high', 'tar'}}, 'dir': {'0.01': {'threshold', 'dir'}}
     "Thresholds that are stored with a model; `ValueError` if there are none or they belong to another model"
     file = model_file(model_path)
-    path,again = file.with_name('verification.json'),f'reid-eval {model_path} --verify'
+    path,again = file.with_name('verification.json'),f'reid-eval {quote(str(model_path))} --verify'
     if not path.exists(): raise ValueError(f'{file} has no verification.json beside it, so no threshold is known. Create it: {again}')
     res = read_json(path)
     ok = lambda d,keys: all(isinstance(o, dict) and all(isinstance(o.get(k), float) for k in keys) for o in d.values())
