@@ -121,9 +121,9 @@ def wrap_shell(
         code,_,note = line.partition('  # ')
         if len(line)>width and note and code.strip(): res.append(f'# {note.strip()}'); line = code.rstrip()
         while len(line)>width:
-            at = max(line.rfind(' --', 0, width-2), -1)
-            if at<width//2: at = line.rfind(' ', 0, width-2)
-            if at<=4: break
+            ends = [o.start() for o in re.finditer(' ', line[:width-2]) if o.start()>4 and not any(line[:o.start()].count(q)%2 for q in '"\'')]  # outside of quotes
+            if not ends: break
+            at = max((o for o in ends if o>=width//2 and line.startswith(' --', o)), default=ends[-1])
             res.append(line[:at]+' \\')
             line = '    '+line[at+1:]
         res.append(line)

@@ -68,7 +68,8 @@ def write_results(
     _remove_means(out)
 
 def _remove_means(out):
-    for o in ('checkpoint.pth','best.safetensors','diverged.json'): (out/o).unlink(missing_ok=True)
+    for o in ('checkpoint.pth','best.safetensors','diverged.json'):
+        if (out/o).exists(): (out/o).unlink(missing_ok=True)  # a read-only file system refuses even if there is no such file
 
 # %% ../nbs/18f_results.ipynb #c0ffee08
 @by_leader

@@ -512,3 +512,11 @@ def test_commands_in_messages_can_be_copied(data, tmp_path, monkeypatch):
     assert shlex.split(re.search('`(--resume.*)`', str(e.value))[1])==['--resume',str(out)]
     with pytest.raises(ValueError) as e: read_verification(save_model(build_reid_net('test_resnet', 5, regions=0, pretrained=False), tmp_path/'a b.safetensors', (64,32)))
     assert shlex.split(str(e.value).split('Create it: ')[1])==['reid-eval',str(tmp_path/'a b.safetensors'),'--verify']
+
+def test_a_run_on_a_read_only_file_system(run, monkeypatch):
+    "Such as a volume of a container: there, removing a file that does not exist is an error of its own"
+    import errno
+    def unlink(self, missing_ok=False): raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+    want = reid_eval(run).mAP
+    monkeypatch.setattr(Path, 'unlink', unlink)
+    assert reid_eval(run).mAP==want and results.read_results(run)

@@ -236,6 +236,9 @@ def test_wrap_shell_lines():
     block = res.split('```')[1].removeprefix('sh\n')
     assert max(map(len, block.split('\n')))<=95 and shlex.split(block.replace('\\\n', ' '), comments=True)==shlex.split(line)
     assert '# and what it does' in block and res.startswith('a\n') and res.endswith(f'b\n```\n{line}\n```\n')
+    line = 'python controls.py '+' '.join(f'--option-{i} "a b" \'c  d\'' for i in range(9))+' "adaptive rest"'*9  # never inside quotes
+    block = wrap_fences(f'```sh\n{line}\n```\n').split('```')[1].removeprefix('sh\n')
+    assert max(map(len, block.split('\n')))<=95 and shlex.split(block.replace('\\\n', ''))==shlex.split(line)
 
 def test_wrap_leaves_alone_what_fits_or_is_no_python():
     assert wrap('x = 1')=='x = 1'

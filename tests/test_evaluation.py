@@ -552,3 +552,9 @@ def test_pickled_results_have_all_methods(monkeypatch):
     loaded = []
     monkeypatch.setattr(ranked, 'import_module', loaded.append)
     assert pickle.loads(pickle.dumps(res)).mAP==res.mAP and loaded==['reid_fastai.evaluation.all']
+
+def test_features_in_any_memory_order():
+    "Other byte orders and negative strides, as NumPy's flips make them; nothing else is copied"
+    x = np.random.default_rng(0).normal(size=(5,6)).astype('float32')
+    for o in (x.astype('>f4'), x[::-1].copy()[::-1], np.asfortranarray(x), x[:,::-1].copy()[:,::-1]): assert torch.equal(distances.as_feats(o), torch.tensor(x))
+    assert distances.as_feats(x).data_ptr()==x.ctypes.data

@@ -25,7 +25,10 @@ def as_feats(
     name:str='features' # Name in error messages
 ) -> Tensor: # (n, d) floating-point tensor
     "Convert `x` to a tensor; `ValueError` unless it is a matrix of finite numbers"
-    x = x.detach().as_subclass(Tensor) if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))
+    if not isinstance(x, Tensor):
+        a = np.asarray(x)
+        x = torch.as_tensor(np.ascontiguousarray(a, a.dtype.newbyteorder('=')) if a.dtype.kind in 'iuf' else a)  # PyTorch takes neither another byte order nor negative strides
+    x = x.detach().as_subclass(Tensor)
     if x.ndim!=2 or not x.shape[1]: raise ValueError(f'{name}: shape {tuple(x.shape)}; needed (images, numbers per image). For one image pass `x[None]`.')
     if not x.is_floating_point(): x = x.float()
     if len(x) and not torch.isfinite(torch.stack(torch.aminmax(x))).all():
