@@ -164,7 +164,7 @@ CASES = {
     'fault: not averaged': without('mean_gradients'),
     'fault: penalty twice': lambda: train(lambda l: l.fit(2, 1e-3), cbs=[Frozen()], l2=Twice),
 }
-if supports_precision('bf16', 'cpu'): cases['bf16'] = lambda: train(lambda l: l.to_bf16().fit(1, 1e-3), regions=2, cbs=[Frozen()], dtype=torch.float32)
+if supports_precision('bf16', 'cpu'): CASES['bf16'] = lambda: train(lambda l: l.to_bf16().fit(1, 1e-3), regions=2, cbs=[Frozen()], dtype=torch.float32)
 
 def go(out, cases, rank, n):
     "One process"
