@@ -80,13 +80,13 @@ def _loaded(arch):
     return 'the backbone; branches, heads and classifiers start anew'
 
 def _resumed(run, chosen):
-    "Options of a run to resume; raise `ValueError` if others are `chosen`"
-    cfg = read_config(run)
+    "Options of a run to resume, with the present place of its dataset if one is given; raise `ValueError` if others are `chosen`"
+    cfg,data = read_config(run),chosen.pop('data')
     if odd := sorted(k for k,v in chosen.items() if v!=signature(RunConfig).parameters[k].default):
-        names = ", ".join(f"--{o.replace('_', '-')}" for o in odd if o!='data') or 'DATA'
+        names = ", ".join(f"--{o.replace('_', '-')}" for o in odd)
         if read_results(run): raise ValueError(f'{names}: {run} is complete. Start a new run from its weights: reid-train DATA --pretrained {quote(str(Path(run)/"model.safetensors"))}. It loads {_loaded(cfg.arch)}.')
         raise ValueError(f'{names}: an interrupted run is resumed with the options of {run}/config.json. Leave them out.')
-    return cfg
+    return cfg if data==signature(RunConfig).parameters['data'].default else cfg.but(data=data)
 
 # %% ../nbs/21_cli.ipynb #c11e0000
 def _check_used(cfg):
@@ -100,7 +100,7 @@ def _check_used(cfg):
 def reid_train(
     data:str='synthetic', # 'synthetic', the folder of a dataset, or a CSV file with columns path, pid, split and, if known, camid
     out:str=None, # Run folder to create; default: a new folder in runs/, named after data, backbone, time and process
-    resume:str=None, # Run folder of an interrupted run, to resume from its last complete epoch
+    resume:str=None, # Run folder of an interrupted run, to resume from its last complete epoch; with DATA if the dataset has been moved
     device:str=None, # Device for training, such as 'cpu' or 'cuda:1'; default: the GPU if there is one
     workers:int=None, # Number of processes that decode images; default: 0 if the images fit into memory, else one per core
     quiet:bool=False, # Print only warnings and errors

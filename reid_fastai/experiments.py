@@ -115,7 +115,9 @@ class Comparison:
         "Write the options of the comparison, or check that they are unchanged"
         asked = json.loads(json.dumps(dict(cfg=vars(self.cfg), arms=list(self.arms), seeds=self.seeds, grids=self.grids, tune_pids=self.tune_pids, tune_distractors=self.tune_distractors, dataset=self.splits.name, table=table_checksum(self.splits))))
         if not (file := self.out/'comparison.json').exists(): return write_json(file, asked)
-        found = {'tune_distractors':0., 'table':asked['table'], **read_json(file)}  # older comparisons do not have these
+        found = read_json(file)
+        if found.get('table')==asked['table']: found['cfg']['data'] = asked['cfg']['data']  # the same images may be in another place
+        found = {'tune_distractors':0., 'table':asked['table'], **found}  # older comparisons do not have these
         before,now = ({**_added, **o.pop('cfg'), **o, 'seeds':None} for o in (found, asked))  # seeds may be added
         if diff := [k for k in now if before.get(k)!=now[k]]:
             raise ValueError(f'{self.out} was begun with {diff[0]}={before.get(diff[0])!r}, but this call has {now[diff[0]]!r}. Take another folder for another comparison.')

@@ -58,7 +58,7 @@ def has(self:Gallery,
         path,*box = (t[k].to_pylist() for k in ('path',*_box))
         found.update(key(*o) for o in zip(path, zip(*box)) if o[0] is not None)
         return (_columns_proof(t)==_stored(t)[:,2]).sum()
-    with _database(self.path): self.table.checkout_latest()
+    self._latest()
     self._verify(len(self), sum(self._read_all(_columns, see)), 'images')
     return [o in found for o in keys]
 
@@ -104,7 +104,7 @@ def check_search(self:Gallery,
     where:str=None # Condition in SQL on the columns; None: all images
 ) -> tuple: # Number of images; and the condition as the database takes it with the row ids that satisfy it, or None twice
     "Raise `ValueError` if `search` would not accept `k` or `where`"
-    with _database(self.path): self.table.checkout_latest()
+    self._latest()
     n = len(self)
     check_int('k', k, 1)
     if k>n: raise ValueError(f'k={k}: {brief(self.path, 120)} has {n} images. {"Add images first." if n==0 else f"Choose k from 1 to {n}."}')
@@ -153,8 +153,9 @@ def restore(self:Gallery,
     version:int # One of `versions`
 ) -> Gallery: # The same gallery
     "Go back to an earlier version"
+    self._latest()
     if version not in (known := self.versions().version.tolist()): raise ValueError(f'version={version}: {brief(self.path, 80)} has versions {brief(", ".join(map(str, known)), 60)}.')
-    with _database(self.path):
+    with _database(self.path, 'written'):
         try: self.table.restore(version)
         finally: self.table.checkout_latest()  # otherwise a failure would leave the table at the old version
     return self
@@ -177,8 +178,8 @@ def index(self:Gallery
 @_locked
 def indexed(self:Gallery) -> int: # 0 without an index
     "Number of images in the index"
+    self._latest()
     with _database(self.path):
-        self.table.checkout_latest()
         return sum(self.table.index_stats(o.name).num_indexed_rows for o in self.table.list_indices() if o.columns==['vector'])
 
 # %% ../nbs/18e_gallery.ipynb #f322a0c0
@@ -189,7 +190,7 @@ def delete(self:Gallery,
     "Delete the images that satisfy a condition; `restore` brings them back as long as the earlier version exists"
     with self._change() as table:
         with self._lock:
-            with _database(self.path): self.table.checkout_latest()
+            self._latest()
             text = self._filter(where)
         with _database(self.path, 'written'): table.delete(text)
     return self

@@ -6,7 +6,7 @@
 __all__ = ['check_new', 'Gallery']
 
 # %% ../nbs/18d_gallery_store.ipynb #6000999d
-import os
+import os,secrets
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -75,11 +75,24 @@ class Gallery:
         with _database(self.path): return self.table.count_rows()
     def __repr__(self): return f'{self.path}: {len(self)} images, {self.meta["n_features"]} numbers each, {self.metric}, model {self.meta["model"][:8]}, version {self.table.version}'
 
+    def _newest(self):
+        "The newest version of the table, opened anew; raise `ValueError` if another gallery has taken the place of this one, whose open table may go on with remembered files"
+        with _database(self.path):
+            was,now = self.table.version,_lancedb().connect(self._home).open_table(_table)
+            other = _meta(now.schema)!=self.meta or now.version<was
+        if other: raise ValueError(f'{brief(self.path, 120)} was replaced after it had been opened here. Open it again with `Gallery.load`.')
+        return now
+
+    def _latest(self):
+        "Go to the newest version of the table"
+        self._newest()
+        with _database(self.path): self.table.checkout_latest()
+
     @contextmanager
     def _change(self):
         "Context with the newest version of the table, opened anew, so that searches go on; one change at a time"
         with self._changes:
-            with _database(self.path): table = _lancedb().connect(self._home).open_table(_table)
+            table = self._newest()
             try: yield table
             finally:
                 with self._lock,_database(self.path): self.table.checkout_latest()
@@ -120,7 +133,7 @@ def create(cls:Gallery,
     h,w = embedder.size
     check_new(path)
     d = embedder(np.zeros((h,w,3), np.uint8)).shape[1]
-    meta = dict(format=_format, version=__version__, model=checksum(read_bytes(file)), model_file=os.path.abspath(file), metric=metric, size=[h,w], n_features=d)
+    meta = dict(id=secrets.token_hex(8), format=_format, version=__version__, model=checksum(read_bytes(file)), model_file=os.path.abspath(file), metric=metric, size=[h,w], n_features=d)
     with _database(path, 'made'): table = lancedb.connect(str(path)).create_table(_table, schema=_schema(meta))
     res = cls(path, table, device=device)
     res._embedder = embedder
@@ -181,7 +194,9 @@ def add(self:Gallery,
     table = pa.table([pa.FixedSizeListArray.from_arrays(pa.array(v.ravel()), v.shape[1]), *(pa.array(cols[k], schema.field(k).type) for k in _columns),
                       pa.array(thumbs, pa.binary())], schema=pa.schema([*schema][:-1]))
     table = table.append_column(schema.field('proof'), pa.FixedSizeListArray.from_arrays(_proofs(table).ravel(), 3))
-    with self._lock, _database(self.path, 'written'): self.table.add(table)
+    with self._lock:
+        self._latest()  # otherwise the list of files of a replaced gallery would be written into the new one
+        with _database(self.path, 'written'): self.table.add(table)
     return self
 
 # %% ../nbs/18d_gallery_store.ipynb #4e16d437

@@ -68,7 +68,8 @@ _added = dict(precision=None, compile=False, first_size=None, first_epochs=None,
 def _check_same(out, wanted):
     "Raise `ValueError` if a run is resumed with other options or other data"
     found,plain = {**_added, **read_json(out/'config.json')},json.loads(json.dumps(wanted))
-    pairs = [(k, found.get(k), v) for k,v in plain.items() if k not in ('dataset','versions')]
+    moved = found['dataset'].get('table')==plain['dataset']['table']  # the same images may be in another place
+    pairs = [(k, found.get(k), v) for k,v in plain.items() if k not in ('dataset','versions') and not (k=='data' and moved)]
     # Runs of earlier versions have no checksum of the table, and another version may write other notes
     pairs += [(f'dataset {k}', found['dataset'].get(k, v), v) for k,v in plain['dataset'].items() if k!='notes']
     if diff := first(o for o in pairs if o[1]!=o[2]):

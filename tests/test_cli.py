@@ -520,3 +520,26 @@ def test_a_run_on_a_read_only_file_system(run, monkeypatch):
     want = reid_eval(run).mAP
     monkeypatch.setattr(Path, 'unlink', unlink)
     assert reid_eval(run).mAP==want and results.read_results(run)
+
+def test_resume_with_the_dataset_in_another_place(data, run, tmp_path, monkeypatch):
+    "As on a cluster, where each job copies the dataset to a folder of its own"
+    for o in ('job1','job2','other'): shutil.copytree(data, tmp_path/o/'people')
+    whole = reid_train(data, out=tmp_path/'whole', **tiny_args)
+    cut = _interrupted(str(tmp_path/'job1'/'people'), tmp_path/'cut', monkeypatch)
+    shutil.rmtree(tmp_path/'job1')
+    with pytest.raises(ValueError, match='does not exist'): reid_train(resume=cut)
+    next((tmp_path/'other'/'people'/'query').glob('*.jpg')).unlink()
+    with pytest.raises(ValueError, match='begun with'): reid_train(str(tmp_path/'other'/'people'), resume=cut)
+    reid_train(str(tmp_path/'job2'/'people'), resume=cut)
+    assert pd.read_csv(whole/"metrics.csv").drop(columns="seconds").equals(pd.read_csv(cut/"metrics.csv").drop(columns="seconds"))
+    with pytest.raises(ValueError, match='--lr'): reid_train(str(tmp_path/'job2'/'people'), resume=cut, lr=.1)
+
+def test_a_comparison_goes_on_with_the_dataset_in_another_place(data, tmp_path):
+    shutil.copytree(data, tmp_path/'people')
+    shutil.copytree(data, tmp_path/'job'/'people')
+    args = dict(out=tmp_path/'c', arms=['none'], **{**tiny_args, 'epochs': 1})
+    reid_compare(str(tmp_path/'people'), seeds=1, **args)
+    reid_compare(str(tmp_path/'job'/'people'), seeds=2, **args)
+    assert len(pd.read_csv(tmp_path/'c'/'results.csv'))==2
+    next((tmp_path/'job'/'people'/'query').glob('*.jpg')).unlink()
+    with pytest.raises(ValueError, match='was begun with'): reid_compare(str(tmp_path/'job'/'people'), seeds=2, **args)

@@ -732,3 +732,33 @@ def test_a_gallery_in_the_home_folder(home, files, monkeypatch):
     for append in (False, True): assert len(reid_embed(home/'run', files[:2], out='~/b', append=append))==2
     assert {o.name for o in (home/'me').iterdir()}=={'a','b'} and not (home/'~').exists()
     with pytest.raises(ValueError, match='exists already'): reid_embed(home/'run', files[:2], out='~/b')
+
+@pytest.mark.parametrize('more', [0,3])
+def test_a_gallery_made_anew_under_an_open_one(more, home, files):
+    "Whoever has the former gallery open is told, instead of getting images of the new one by embeddings of the former, or writing into it"
+    old,n = Gallery.load(home/'people'),len(files)
+    for _ in range(more): old.add(torch.randn(2, 512))  # the former gallery has more versions than the new one
+    old.search(torch.ones(1, 512), 1)
+    shutil.rmtree(home/'people')
+    Gallery.create(home/'run', home/'people').add(files[::-1])
+    for f in (lambda: old.search(torch.ones(1, 512), 1), lambda: old.add(files[:2]), lambda: old.delete('true'), lambda: old.has(files), lambda: old.indexed, lambda: old.restore(2)):
+        with pytest.raises(ValueError, match='was replaced.*Gallery.load'): f()
+    assert len(g := Gallery.load(home/'people'))==n and g.search(files[0], n).df.path.nunique()==n
+
+def test_a_copy_in_place_of_an_open_gallery(home, files):
+    "An older copy has the same description, but fewer versions"
+    old = Gallery.load(home/'people')
+    shutil.copytree(home/'people', home/'copy')
+    old.add(files[:2])
+    old.search(torch.ones(1, 512), 1)
+    shutil.rmtree(home/'people')
+    (home/'copy').rename(home/'people')
+    with pytest.raises(ValueError, match='was replaced'): old.search(torch.ones(1, 512), 1)
+    with pytest.raises(ValueError, match='was replaced'): old.add(files[:2])
+
+def test_a_gallery_that_cannot_be_written(home, monkeypatch):
+    "Going back is refused as such; the gallery is not damaged"
+    g = Gallery.load(home/'people')
+    def restore(self, version): raise RuntimeError('LanceError(IO): Read-only file system (os error 30)')
+    monkeypatch.setattr(type(g.table), 'restore', restore)
+    with pytest.raises(ValueError, match='cannot be written.*Read-only'): g.restore(1)

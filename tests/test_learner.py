@@ -445,3 +445,13 @@ def test_the_graph_has_no_validation_loss(dls, tmp_path):
     assert drawn==[([losses[:n]], (0, 2*n), (0, max(losses[:n]))), ([losses], (0, 2*n), (0, max(losses)))]
     learn.path = tmp_path
     learn.export('graph.pkl')
+
+@pytest.mark.parametrize('sizes', [dict(n_imgs=1), dict(n_pids=1)])
+def test_batches_without_a_triplet(sizes):
+    learn = tiny_learner(tiny_dls(**sizes))
+    with pytest.warns(UserWarning, match='triplet loss is 0'): learn.fit(1, 1e-3)
+    assert learn.loss_func.parts['triplet_global']==0
+    learn.loss_func = ReIDLoss(triplet=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.fit(1, 1e-3)

@@ -20,6 +20,8 @@ from torch import nn
 
 from .regularizer import _in_opt,check_opt
 from ..core import PlainErrors,unwrap
+from ..data.sampler import PKSampler
+from ..losses import ReIDLoss
 from ..models.net import ReIDNet
 
 # %% ../../nbs/14a_callback.checks.ipynb #7a3b8c54
@@ -84,6 +86,12 @@ def warn_untrained(
                       'Add them to the last group: `splitter=lambda m: [(g := reid_splitter(m))[0], [*g[1], *loss_func.parameters()]]`.')
 
 # %% ../../nbs/14a_callback.checks.ipynb #3975ec32
+def _warn_no_triplets(learn):
+    "Warn of batches that have no triplet, with which `ReIDLoss` trains only its cross-entropy"
+    s = getattr(learn.dls.train, 'sampler', None)
+    if isinstance(s, PKSampler) and 1 in (s.n_pids, s.n_imgs) and isinstance(learn.loss_func, ReIDLoss) and learn.loss_func.triplet:
+        warnings.warn(f'n_pids={s.n_pids}, n_imgs={s.n_imgs}: a triplet needs two images of one person and one of another, so the triplet loss is 0. Take at least 2 of both, or `ReIDLoss(triplet=False)`.')
+
 class FitChecks(PlainErrors, Callback):
     "Raise `ValueError` for networks, losses, loaders and callbacks that do not work in a Re-ID learner"
     order = -20  # before distributed training changes the network
@@ -94,6 +102,7 @@ class FitChecks(PlainErrors, Callback):
         check_classes(self.learn.model, self.dls)
         check_opt(self.learn)
         warn_untrained(self.learn)
+        _warn_no_triplets(self.learn)
 
     def _check_fit(self, cbs):
         "Check network, loss, loaders and callbacks `cbs`"
