@@ -164,10 +164,10 @@ def make_learner(
     precision = check_precision(cfg.precision, own)
     if cfg.compile: check_compiler(own)
     parts = hold_out(splits, cfg.val_pids, cfg.seed) if cfg.val_pids else splits
-    if cfg.val_pids and not (Path(out)/'checkpoint.pth').exists(): check_test_images(splits, cfg.size)  # a run that is resumed has checked them
+    resumed = (Path(out)/'checkpoint.pth').exists()
+    if cfg.val_pids and not resumed: check_test_images(splits, cfg.size)  # a run that is resumed has checked them
     set_seed(cfg.seed)
-    resumed = (Path(out)/'checkpoint.pth').exists()  # all arrays come from there; only L2-SP needs the initial ones
-    net = build_net(cfg.but(pretrained='none') if resumed and cfg.l2!='l2sp' else cfg, parts.n_train_pids)
+    net = build_net(cfg.but(pretrained='none') if resumed and cfg.l2!='l2sp' else cfg, parts.n_train_pids)  # the checkpoint has all arrays; only L2-SP needs the initial ones
     recipe = find_recipe(cfg.arch) if cfg.recipe=='published' else None
     dls = ReIDDataLoaders.from_splits(parts, cfg.size, n_pids=cfg.n_pids, n_imgs=cfg.n_imgs, steps=cfg.steps, seed=cfg.seed, path=out,
                                       num_workers=workers, device=device, batch_tfms=published_augs(recipe) if recipe else None)
