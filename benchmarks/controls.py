@@ -19,7 +19,8 @@ from reid_fastai.callback.rotation import AutoL2, RotationControl
 from reid_fastai.comparison_results import markdown_table
 from reid_fastai.config import RunConfig
 from reid_fastai.core import keep_freed_memory
-from reid_fastai.runs import fit_run, load_splits, make_learner, result_figures
+from reid_fastai.results import result_figures
+from reid_fastai.run_setup import fit_run, load_splits, make_learner
 
 def radians(cfg, lam): return (2*cfg.lr*lam)**.5
 

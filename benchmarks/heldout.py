@@ -15,7 +15,8 @@ from reid_fastai.callback.evaluation import search
 from reid_fastai.comparison_results import markdown_table
 from reid_fastai.export import load_embedder
 from reid_fastai.files import model_file, read_json
-from reid_fastai.runs import chosen_device, load_splits, result_figures, search_rows
+from reid_fastai.results import result_figures, search_rows
+from reid_fastai.run_setup import chosen_device, load_splits
 
 def main(a):
     out = Path(a.comparison)

@@ -18,7 +18,9 @@ from reid_fastai.config import RunConfig
 from reid_fastai.data.splits import DISTRACTOR_PID, ReIDSplits
 from reid_fastai.export import Embedder
 from reid_fastai.files import atomic_write
-from reid_fastai.runs import build_net, chosen_device, load_splits, result_figures, search_rows, train_run
+from reid_fastai.results import result_figures, search_rows
+from reid_fastai.run_setup import build_net, chosen_device, load_splits
+from reid_fastai.runs import train_run
 
 def people(splits):
     "Sorted training identities"

@@ -31,7 +31,8 @@ from reid_fastai.data.holdout import hold_out
 from reid_fastai.losses import ReIDLoss
 from reid_fastai.models import ObjectiveHead, at_least_float32, global_average
 from reid_fastai.regularizers import THETA
-from reid_fastai.runs import fit_run, load_splits, make_learner, result_figures
+from reid_fastai.results import result_figures
+from reid_fastai.run_setup import fit_run, load_splits, make_learner
 
 class GeMHead(ObjectiveHead):
     "Generalised mean over space, with exponent 3"

@@ -20,6 +20,8 @@ from .search_results import *
 from .gallery import *
 from .config import *
 from .results import *
+from .model_eval import *
+from .run_setup import *
 from .runs import *
 from .comparison_results import *
 from .experiments import *

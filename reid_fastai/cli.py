@@ -42,8 +42,10 @@ from .evaluation.verification import _check_far,_check_rate
 from .experiments import *
 from .export import *
 from .files import *
+from .model_eval import *
 from .models import methods,resolve_arch
 from .results import *
+from .run_setup import *
 from .runs import *
 from .shell import *
 from .tables import *
@@ -124,53 +126,6 @@ def reid_train(
         print(f'{summary_of(out, res)}\nRun folder: {out}')
     return out
 
-# %% ../nbs/21_cli.ipynb #72dfe39a
-_differs = dict(model='another model', images='other images', n='other images', flip='another setting of flip')
-
-@by_leader
-def _kept_features(kept, of):
-    "Embeddings in the file `kept`, None without a file; raise `ValueError` if `of` does not describe them"
-    if not (kept and os.path.exists(kept)): return
-    tensors,other = load_tensors(kept)
-    if odd := first(k for k in of if other.get(k)!=of[k]): raise ValueError(f'{kept} holds embeddings of {_differs[odd]}. Name another file.')
-    return tensors['features']
-
-def _shown(files, paths): "A line for each image, with its path and the checksum of its file"; return [f'{p} {checksum(read_bytes(f))}' for f,p in zip(files, paths)]
-
-def _embed(file, files, paths, flip, kept, device, check):
-    "Embeddings of the images `files`, from the file `kept` if it exists; each process embeds a part. Before that, `check`, if any, gets the length of an embedding"
-    of = dict(model=checksum(read_bytes(file)), images=checksum('\n'.join(_shown(files, paths) if kept else paths).encode()), n=str(len(files)), flip=str(flip))
-    check_same('The model and its images', of)
-    if (feats := _kept_features(kept, of)) is not None: return feats
-    embed,mine = load_embedder(file, ifnone(device, 'cpu')),files[my_part(len(files), 64)]  # the embedder's batch size is 64
-    if check: check(embed(files[:1]).shape[1])
-    feats = join_parts(embed(mine, flip=flip))
-    if kept: save_tensors(kept, {'features':feats}, of)
-    return feats
-
-def _queries(results, splits, df):
-    "Table of the queries, with metrics in per cent, the names of identities and cameras, and the image of each query"
-    res = results.per_query()
-    return res.assign(AP=100*res.AP, INP=100*res.INP, pid=[splits.pid_names.get(o, o) for o in res.pid], camid=[splits.camid_names.get(o, o) if splits.has_cameras else None for o in res.camid], path=df.path[df.split=='query'].to_numpy())
-
-_verification = [f'verification.{o}' for o in ('json','csv','png')]
-
-@by_leader
-def _check_thresholds(path, file):
-    "Raise `ValueError` if `path` has thresholds of another model than `file`"
-    try: old = read_json(path).get('model')
-    except ValueError: return  # missing or damaged: there is nothing to lose
-    if isinstance(old, str) and old!=(new := checksum(read_bytes(file))):
-        raise ValueError(f'{brief(path, 60)} has thresholds of another model (SHA-256 {old[:8]}…) than {brief(file, 60)} ({new[:8]}…). '
-                         'Name another folder with `--out`, or move that file first.')
-
-def _verify(pairs, folder, file, data, flip, far):
-    "Print thresholds and error rates, and store them in `folder`"
-    table,searches = pairs.save(folder, file, data, flip, far),pairs.open_set()
-    print(f'\nSame or not: {pairs}\n{table.round(4)}')
-    if len(searches): print(f'\nSame or not, for a search whose person may be missing:\n{searches.round(4)}')
-    save_figure(pairs.plot().figure, folder/'verification.png')
-
 # %% ../nbs/21_cli.ipynb #c11e0001
 @command(pos=['run','data'])
 def reid_eval(
@@ -198,8 +153,8 @@ def reid_eval(
     device = chosen_device(device)
     if data is None: data = _trained_on(file)
     shown = Path(ifnone(out, file.parent))
-    check_outputs({'csv': csv, 'features': features, **{o: shown/o for o in _verification if verify}}, {'the model': file, **({'the dataset': data} if data!='synthetic' else {})})
-    if verify: _check_thresholds(shown/'verification.json', file)
+    check_outputs({'csv': csv, 'features': features, **{o: shown/o for o in THRESHOLD_FILES if verify}}, {'the model': file, **({'the dataset': data} if data!='synthetic' else {})})
+    if verify: check_thresholds(shown/'verification.json', file)
     if out: check_folder(out, 'evaluation.json')
     with _quietly(quiet):
         check_search(splits := load_splits(data))
@@ -208,17 +163,17 @@ def reid_eval(
         q,g = (df.pid[df.split==o].to_numpy() for o in ('query','gallery'))
         if verify and (n := count_nonmatches(q, g)): L(far).map(_check_far, n=n, what='non-matching pairs')
         check = by_leader(lambda d: check_rerank(len(df), d)) if rerank else None
-        found = [search(_embed(file, files, df.path, flip, features, device, check), df, metric)]
+        found = [search(embed_kept(file, files, df.path, flip, features, device, check), df, metric)]
         print(f'\n{found[0]}')
         if rerank:
             found.append(found[0].rerank())
             print(f'\nre-ranked: {found[1]}')
         if verify: pairs = found[0].verification()
-        if csv: atomic_write(csv, _queries(found[-1], splits, df).to_csv(index=False))
+        if csv: atomic_write(csv, query_table(found[-1], splits, df).to_csv(index=False))
         if out:
             write_json(Path(out)/'evaluation.json', dict(result_figures(found[0]), model=str(file), data=str(data), metric=metric, flip=flip, **({'reranked': result_figures(found[1])} if rerank else {})))
             by_leader(save_ranked)(found[-1], df, files, Path(out)/'ranked.png', pid_names=splits.pid_names, camid_names=splits.camid_names)
-        if verify: _verify(pairs, shown, file, data, flip, far)
+        if verify: save_thresholds(pairs, shown, file, data, flip, far)
     return found[-1]
 
 def _trained_on(file):

@@ -20,7 +20,7 @@ from .export import load_embedder
 from .files import checksum,model_file,read_bytes
 from .portable import *
 from .results import read_results
-from .runs import load_splits
+from .run_setup import load_splits
 from .shell import command
 
 # %% ../nbs/21b_cli_export.ipynb #d8f7e9be

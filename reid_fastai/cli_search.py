@@ -25,7 +25,7 @@ from .evaluation.verification import _check_rate
 from .files import *
 from .gallery import *
 from .gallery_table import _expanded,_remote
-from .runs import chosen_device
+from .run_setup import chosen_device
 from .search_results import *
 from .shell import *
 

@@ -185,6 +185,8 @@ def with_l2(self:RunConfig,
 def __repr__(self:RunConfig): return 'RunConfig('+', '.join(f'{k}={v!r}' for k,v in vars(self).items() if v is not None)+')'
 
 # %% ../nbs/18a_config.ipynb #a41617fe
+_added = dict(precision=None, compile=False, first_size=None, first_epochs=None, drop_path=None)  # options that runs of earlier versions lack
+
 @by_leader
 def read_config(
     out:str|Path # Run folder

@@ -21,14 +21,15 @@ from .callback.distributed import table_checksum
 from .callback.history import plot_lambda_hist
 from .comparison_results import *
 from .config import *
+from .config import _added
 from .core import DivergedError,check_int,check_share
 from .data.holdout import *
 from .data.splits import ReIDSplits
 from .distributed import *
 from .files import *
 from .results import *
+from .run_setup import *
 from .runs import *
-from .runs import _added
 
 # %% ../nbs/20_experiments.ipynb #28ba6412
 #: Default strengths to try for each arm: λ, A, or the one hyperparameter of another regulariser

@@ -24,6 +24,7 @@ from .experiments import *
 from .files import *
 from .models import *
 from .results import *
+from .run_setup import *
 from .runs import *
 
 # %% ../nbs/20b_tables.ipynb #99b04914

@@ -218,7 +218,7 @@ def test_a_diverged_training_has_no_row(benchmark, tmp_path, capsys):
     assert [o['control'] for o in rows]==['b'] and 'a, seed 42, has no row: NaN' in capsys.readouterr().out
 
 def test_the_starting_model_and_nested_identities(benchmark):
-    from reid_fastai.runs import load_splits
+    from reid_fastai.run_setup import load_splits
     m,s = benchmark('identities'),load_splits(str(make_synthetic(tiny=True)))
     cfg = RunConfig(str(s.root), arch='test_resnet', pretrained='none', size='64x32')
     assert m.untrained(s, cfg)==m.untrained(s, cfg), 'random weights have the seed'

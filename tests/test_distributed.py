@@ -11,7 +11,7 @@ from reid_fastai.callback.precision import supports_precision
 from reid_fastai.core import ranks
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.distributed import LostProcess, talking
-from reid_fastai.runs import check_device
+from reid_fastai.run_setup import check_device
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='the processes are forked')
 here = Path(__file__).parent

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import reid_fastai.callback.precision as precision
-from reid_fastai import runs
+from reid_fastai import run_setup
 from reid_fastai.callback.checkpoint import Checkpoint
 from reid_fastai.callback.precision import *
 from reid_fastai.callback.regularizer import AdaptiveL2
@@ -19,7 +19,7 @@ from reid_fastai.config import RunConfig
 from reid_fastai.core import unwrap
 from reid_fastai.learner import ReIDLearner, paper_adam
 from reid_fastai.optimizer import FusedAdam
-from reid_fastai.runs import check_compiler, make_learner
+from reid_fastai.run_setup import check_compiler, make_learner
 from reid_fastai.shell import run_command
 from reid_fastai.cli import reid_train
 from reid_fastai.test_utils import tiny_dls, tiny_learner
@@ -175,7 +175,7 @@ def test_a_compiled_training(monkeypatch):
     from reid_fastai.data.synthetic import make_synthetic
     splits,graphs,real = read_dataset(make_synthetic(tiny=True)),[],nn.Module.compile
     def eager(graph, inputs): graphs.append(graph); return graph.forward
-    monkeypatch.setattr(runs, 'check_compiler', lambda device: None)  # no C++ compiler is needed
+    monkeypatch.setattr(run_setup, 'check_compiler', lambda device: None)  # no C++ compiler is needed
     monkeypatch.setattr(nn.Module, 'compile', lambda self: real(self, backend=eager))
     spies = []
     for on in True,False:

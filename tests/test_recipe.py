@@ -12,8 +12,10 @@ from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.learner import paper_adam, reid_learner
 from reid_fastai.config import RunConfig, recipes
 from reid_fastai.published import find_recipe
-from reid_fastai.runs import fit_run, train_run
+from reid_fastai.run_setup import fit_run
+from reid_fastai.runs import train_run
 from reid_fastai.schedules import *
+import reid_fastai.run_setup as run_setup
 import reid_fastai.runs as runs
 
 class Watch(Callback):
@@ -157,7 +159,7 @@ def test_copies_of_options(splits):
     cfg = RunConfig(recipe='laptop')
     assert cfg.but(epochs=10).first_epochs==6 and cfg.but(first_epochs=21).but(epochs=40).first_epochs==21 and cfg.but(seed=1).first_epochs==cfg.first_epochs
     small = RunConfig(recipe='laptop', size='128x64', arch='test_resnet', pretrained='none', n_pids=4)
-    with pytest.raises(ValueError, match='first_size=128x64: it must be smaller than size'): runs.check_run(splits, small)
+    with pytest.raises(ValueError, match='first_size=128x64: it must be smaller than size'): run_setup.check_run(splits, small)
     with pytest.raises(ValueError, match='recipe=paper: these options have the defaults of recipe=laptop'): cfg.but(recipe='paper')
 
 def test_one_epoch_has_one_size():
@@ -171,7 +173,7 @@ def test_laptop_recipe(splits):
     assert cfg.but(strength=.1).but(l2='decoupled').strength is None and cfg.but(strength=.1).but(seed=1).strength==.1
     assert RunConfig(recipe='laptop', epochs=2).first_epochs==1
     assert RunConfig().first_size is None and RunConfig().first_epochs is None
-    with pytest.raises(ValueError, match='built for 256×128'): runs.check_run(splits, RunConfig(recipe='laptop', arch='rga_sc_resnet50', pretrained='none', n_pids=4))
+    with pytest.raises(ValueError, match='built for 256×128'): run_setup.check_run(splits, RunConfig(recipe='laptop', arch='rga_sc_resnet50', pretrained='none', n_pids=4))
 
 def test_size_of_the_loaders_is_not_smaller():
     from reid_fastai.test_utils import tiny_dls, tiny_learner

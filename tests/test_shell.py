@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pandas as pd, pytest, torch
 from torch._utils import ExceptionWrapper
 
-from reid_fastai import cli, config, files, runs, shell as shell_module
+from reid_fastai import cli, config, files, run_setup, runs, shell as shell_module
 from reid_fastai.cli import reid_compare, reid_eval, reid_train
 from reid_fastai.cli_search import reid_embed, reid_search
 from reid_fastai.config import RunConfig, read_config
@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_refused(at, cut, shell):
 
 def test_a_checkpoint_of_another_network(cut, shell, monkeypatch):
     "Another version of timm builds other arrays"
-    monkeypatch.setattr(runs, 'build_net', lambda cfg,n,f=runs.build_net: f(cfg.but(arch='resnet10t'), n))
+    monkeypatch.setattr(run_setup, 'build_net', lambda cfg,n,f=run_setup.build_net: f(cfg.but(arch='resnet10t'), n))
     refused(shell(reid_train, '--resume', cut), 'checkpoint.pth is of another network', 'config.json names, or train in another folder')
 
 def test_tables_of_an_interrupted_run_are_written_anew(cut, done, shell):
@@ -266,7 +266,7 @@ def test_a_run_is_evaluated_with_its_own_flip(run, shell, monkeypatch):
     write_json(run/'config.json', dict(read_json(run/'config.json'), flip=False))
     asked = []
     def embed(file, files, paths, flip, *_): asked.append(flip); raise ValueError('enough')
-    monkeypatch.setattr(cli, '_embed', embed)
+    monkeypatch.setattr(cli, 'embed_kept', embed)
     for o in ([run], [run,'--flip'], [run,'--no-flip'], [run/'model.safetensors']): refused(shell(reid_eval, *o), 'enough')
     assert asked==[False,True,False,True]
 
@@ -284,7 +284,7 @@ def test_a_complete_run_says_how_to_train_on(done, shell):
 def test_a_new_run_starts_from_the_weights_of_another(done, data, tmp_path, shell):
     args = [*tiny, '--pretrained', done/'model.safetensors']
     assert 'model.safetensors gives the backbone; branches, heads and classifiers start anew' in shell(reid_train, data, '--out', tmp_path/'r', *args).out
-    net = runs.build_net(read_config(tmp_path/'r'), 10)
+    net = run_setup.build_net(read_config(tmp_path/'r'), 10)
     for k,v in load_tensors(done/'model.safetensors')[0].items():
         if k.startswith(('trunk','global_stage')): assert torch.equal(net.state_dict()[k], v), k
     refused(shell(reid_train, data, '--out', tmp_path/'s', *args, '--arch', 'resnet18'), 'model.safetensors', 'resnet18')
@@ -333,7 +333,7 @@ def test_a_diverged_run_is_not_trained_again(data, tmp_path, monkeypatch):
     "Repeating a comparison or the paper's table would train it each time, with the same result"
     monkeypatch.setattr(config, '_largest_lr', 1e30)
     cfg = RunConfig(data, arch='test_resnet', pretrained='none', size='64x32', epochs=2, steps=2, n_pids=4, lr=1e30)
-    train = lambda: runs.train_run(tmp_path/'r', runs.load_splits(data), cfg, 'cpu', 0)
+    train = lambda: runs.train_run(tmp_path/'r', run_setup.load_splits(data), cfg, 'cpu', 0)
     with pytest.raises(DivergedError) as first: train()
     monkeypatch.setattr(runs, 'fit_run', lambda *_: pytest.fail('it trains'))
     with pytest.raises(DivergedError, match='Delete .*diverged.json to train it again') as again: train()
