@@ -15,6 +15,7 @@ from options import chosen, parser, setting, start
 from reid_fastai.callback.evaluation import search
 from reid_fastai.comparison_results import markdown_table
 from reid_fastai.config import RunConfig
+from reid_fastai.data.sampler import PKSampler
 from reid_fastai.data.splits import DISTRACTOR_PID, ReIDSplits
 from reid_fastai.export import Embedder
 from reid_fastai.files import atomic_write
@@ -45,7 +46,6 @@ def main(a):
     splits,out,rows = load_splits(a.data),Path(a.out),[]
     old = pd.read_csv(file, dtype=dict(dataset=str)) if (file := out/'identities.csv').exists() else None  # rows of earlier calls are kept
     given,most = chosen(a.set, pretrained='use --pretrained'),len(people(splits))
-    counts = splits.real('train').pid.value_counts()
     sizes = a.identities or [o for o in (0, 25, 50, 100, 200, 751) if o<=most]
     if min(*sizes, a.images)<0: raise ValueError(f'--identities {sizes}, --images {a.images}: numbers from 0 are needed.')
     if max(sizes)>most: raise ValueError(f'--identities {max(sizes)}: {splits.name} has {most} training identities.')
@@ -54,7 +54,7 @@ def main(a):
             opts = dict(given, data=a.data, seed=seed, pretrained=a.pretrained)
             cfg = RunConfig(**opts)
             part = subset(splits, n, a.images, seed)
-            steps = cfg.steps or max(1, int(counts[counts>=cfg.n_imgs].sum())//(cfg.n_pids*cfg.n_imgs))
+            steps = cfg.steps or len(PKSampler(splits.real('train').pid, cfg.n_pids, cfg.n_imgs))
             if n: res = train_run(out/f'{n}-{a.images or "all"}-{seed}', part, RunConfig(**dict(opts, steps=steps, n_pids=min(n, cfg.n_pids))), a.device)
             else: res = untrained(splits, cfg, a.device)
             rows.append({'dataset': splits.name, 'identities': n, 'images': len(part.train), 'seed': seed, **{k: res[k] for k in ('mAP','Rank-1','Rank-5','mINP')}, 'epochs': cfg.epochs if n else 0, 'steps': steps if n else 0, 'pretrained': a.pretrained, **setting(cfg, a.device, 'arch','size')})

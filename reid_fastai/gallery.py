@@ -98,13 +98,8 @@ def _open(*args): "Gallery of another process, with the methods of this module";
 def __reduce__(self:Gallery): return _open,(self.path, self.model, self.device)
 
 @patch
-@_locked
-def check_search(self:Gallery,
-    k:int, # Number of images to find per photo
-    where:str=None # Condition in SQL on the columns; None: all images
-) -> tuple: # Number of images; and the condition as the database takes it with the row ids that satisfy it, or None twice
-    "Raise `ValueError` if `search` would not accept `k` or `where`"
-    self._latest()
+def _matching(self:Gallery, k, where):
+    "`check_search` in the version that is open"
     n = len(self)
     check_int('k', k, 1)
     if k>n: raise ValueError(f'k={k}: {brief(self.path, 120)} has {n} images. {"Add images first." if n==0 else f"Choose k from 1 to {n}."}')
@@ -113,6 +108,22 @@ def check_search(self:Gallery,
     ids = self._rows(text)
     if not len(ids): raise ValueError(f'where={brief(where, 120)!r}: none of the {n} images satisfies this condition.')
     return n,text,ids
+
+@patch
+@_locked
+def check_search(self:Gallery,
+    k:int, # Number of images to find per photo
+    where:str=None # Condition in SQL on the columns; None: all images
+) -> tuple: # Number of images; and the condition as the database takes it with the row ids that satisfy it, or None twice
+    "Raise `ValueError` if `search` would not accept `k` or `where`"
+    self._latest()
+    return self._matching(k, where)
+
+@patch
+def _n_indexed(self:Gallery):
+    "`indexed` in the version that is open"
+    with _database(self.path):
+        return sum(self.table.index_stats(o.name).num_indexed_rows for o in self.table.list_indices() if o.columns==['vector'])
 
 @patch
 @_locked
@@ -129,8 +140,9 @@ def search(self:Gallery,
     if not len(images): raise ValueError('No photos to search with: the list is empty.')
     queries = pd.DataFrame(dict(path=[str(o) if isinstance(o, (str,Path)) else None for o in images], pid=column_values('pid', pid, len(images))), dtype=object)
     if boxes is not None and (isinstance(images, torch.Tensor) or len(boxes)!=len(images)): raise ValueError(f'{len(boxes)} boxes for {len(images)} photos: one for each is needed, or None where the whole photo is meant. Embeddings have no boxes.')
-    if not exact and not (indexed := self.indexed): raise ValueError(f'{brief(self.path, 120)} has no index. Build it with `index()` or `reid-search --index`, or search exactly.')
-    n,text,ids = self.check_search(k, where)
+    self._latest()
+    if not exact and not (indexed := self._n_indexed()): raise ValueError(f'{brief(self.path, 120)} has no index. Build it with `index()` or `reid-search --index`, or search exactly.')
+    n,text,ids = self._matching(k, where)
     q,thumbs = self._embed(images, boxes)
     k,among,m = (k,f'{n} images',n) if where is None else (min(k, len(ids)),f'{len(ids)} of {n} images ({brief(where, 120)})',len(ids))
     if exact:
@@ -179,8 +191,7 @@ def index(self:Gallery
 def indexed(self:Gallery) -> int: # 0 without an index
     "Number of images in the index"
     self._latest()
-    with _database(self.path):
-        return sum(self.table.index_stats(o.name).num_indexed_rows for o in self.table.list_indices() if o.columns==['vector'])
+    return self._n_indexed()
 
 # %% ../nbs/18e_gallery.ipynb #f322a0c0
 @patch

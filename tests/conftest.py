@@ -1,5 +1,6 @@
 "Several workers share the cores: each computes with one thread"
 import os, signal
+from contextlib import contextmanager
 
 import pytest
 
@@ -16,11 +17,22 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda o: order.get(o.path.stem, len(order)))
 
 @pytest.fixture(autouse=True, scope='session')
-def small_ranked_pictures():
-    "The picture of ranked lists takes longer than a training of two epochs; `test_run_folder` has one in full size"
+def drawing():
+    "Drawing the pictures of a run takes longer than a training of two epochs: without `with drawing():`, ranked lists are short and files of pictures are blank"
     from functools import partial
+    from matplotlib.figure import Figure
+    from PIL import Image
     from reid_fastai import interpret, results
+    def blank(self, file, dpi, **kwargs): Image.new('RGB', tuple(map(int, dpi*self.get_size_inches()))).save(file, 'png')
+    @contextmanager
+    def drawing():
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(results, 'plot_ranked', interpret.plot_ranked)
+            m.setattr(Figure, 'savefig', savefig)
+            yield
     results.plot_ranked = partial(interpret.plot_ranked, n=1, k=2)
+    savefig,Figure.savefig = Figure.savefig,blank
+    return drawing
 
 @pytest.fixture
 def interrupted(monkeypatch):
