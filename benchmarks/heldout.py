@@ -8,9 +8,8 @@ import argparse, sys
 from pathlib import Path
 
 import pandas as pd
-from scipy.stats import spearmanr
 
-from rows import Rows
+from rows import Rows, rank_correlation
 from reid_fastai.callback.evaluation import search
 from reid_fastai.comparison_results import markdown_table
 from reid_fastai.export import load_embedder
@@ -30,10 +29,10 @@ def main(a):
         rows.add({'folder': r.folder, 'arm': r.arm, 'strength': r.strength, 'held-out mAP': r.mAP, 'test mAP': res['mAP'], 'test Rank-1': res['Rank-1']})
     df = pd.DataFrame(rows)
     print(markdown_table(df.drop(columns='folder').round(2)))
-    of = lambda o: f'{spearmanr(o["held-out mAP"], o["test mAP"]).statistic:.2f} over {len(o)} runs'
-    print('\nRank correlation (Spearman) of held-out and test mAP: '+of(df))
+    names = 'held-out mAP','test mAP'
+    print('\nRank correlation (Spearman) of held-out and test mAP: '+rank_correlation(df, *names))
     for arm,o in df.groupby('arm', sort=False):
-        if len(o)>2: print(f'{arm}: {of(o)}')
+        if len(o)>2: print(f'{arm}: {rank_correlation(o, *names)}')
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -2,9 +2,12 @@
 from pathlib import Path
 
 import pandas as pd
+from scipy.stats import spearmanr
 
 from reid_fastai.core import DivergedError
 from reid_fastai.files import atomic_write, check_writable
+
+def rank_correlation(df, a, b): "Spearman's rank correlation of two columns, with the number of rows"; return f'{spearmanr(df[a], df[b]).statistic:.2f} over {len(df)} runs'
 
 class Rows(list):
     "Rows of a CSV file, as dicts"
