@@ -30,13 +30,14 @@ from .schedules import *
 #: Defaults of the recipes
 recipes = dict(
     quick=dict(arch='tf_efficientnet_lite0', regions=0, size='128x64', frozen_epochs=0, epochs=10, steps=None, lr=1e-3),
-    laptop=dict(arch='tf_efficientnet_lite0', regions=0, size='256x128', first_size='128x64', frozen_epochs=0, epochs=34, steps=None, lr=1e-3, l2='auto'),
+    laptop=dict(arch='tf_efficientnet_lite0', regions=0, size='256x128', first_size='128x64', frozen_epochs=0, epochs=34, steps=None, lr=1e-3, l2='auto', drop_path=.2),
     paper=dict(arch='resnet50', regions=2, size='384x128', frozen_epochs=paper_frozen_epochs, epochs=paper_epochs, steps=paper_steps, lr=paper_lr),
     published=dict(arch='osnet_x1_0'))  # the other defaults depend on the network
 
 def _defaults(recipe, arch):
     "Defaults of a recipe, by option"
     res = {**dict(n_pids=16, n_imgs=4, l2='adaptive', factor=2.5e-3, first_size=None), **recipes[recipe]}
+    if arch not in (None, res['arch']): res.pop('drop_path', None)  # another network may have no residual branches
     if recipe!='published': return res
     r = find_recipe(ifnone(arch, res['arch']))
     n_imgs = r.n_imgs or 1
@@ -51,7 +52,7 @@ class RunConfig:
         arch:str=None, # Backbone, a convolutional network of timm or torchvision; default: the recipe's
         pretrained:str='imagenet', # Initial weights: 'imagenet', 'none', or a file with weights of the backbone or the model.safetensors of a run
         regions:int=None, # Number of horizontal strips, each with a branch: 2 in the paper, 0 for the light head; default: the recipe's
-        drop_path:float=None, # Upper bound of the probability of leaving out a residual branch in training, which rises from 0 at the first, against overfitting; default: that of timm, 0, or of torchvision
+        drop_path:float=None, # Upper bound of the probability of leaving out a residual branch in training, which rises from 0 at the first, against overfitting; default: 0.2 for the backbone of laptop, else that of timm, 0, or of torchvision
         size:str=None, # Height x width of the images, px; default: the recipe's, 128x64 if quick, 256x128 if laptop
         first_size:str=None, # Size of the images in the first epochs, smaller than `size` (progressive resizing); default: the recipe's, 128x64 if laptop
         first_epochs:int=None, # Number of epochs with `first_size`; default: six tenths of the epochs
@@ -185,7 +186,11 @@ def with_l2(self:RunConfig,
 def __repr__(self:RunConfig): return 'RunConfig('+', '.join(f'{k}={v!r}' for k,v in vars(self).items() if v is not None)+')'
 
 # %% ../nbs/18a_config.ipynb #a41617fe
-_added = dict(precision=None, compile=False, first_size=None, first_epochs=None, drop_path=None)  # options that runs of earlier versions lack
+def _completed(opts):
+    "Stored options of a run, with those that earlier versions did not have; their `laptop` had no drop path"
+    opts = dict(precision=None, compile=False, first_size=None, first_epochs=None, drop_path=None) | opts
+    plain = opts['drop_path'] is None and opts.get('recipe')=='laptop' and opts.get('arch')==recipes['laptop']['arch']
+    return opts | dict(drop_path=0.) if plain else opts
 
 @by_leader
 def read_config(
@@ -194,6 +199,6 @@ def read_config(
     "Read the options of a run"
     file = Path(out)/'config.json'
     if not str(out).strip() or not os.path.exists(file): raise ValueError(f'{str(out)!r} is no run folder: it has no config.json.')
-    opts = {k:v for k,v in read_json(file).items() if k not in ('dataset','versions','weights')}
+    opts = {k:v for k,v in _completed(read_json(file)).items() if k not in ('dataset','versions','weights')}
     try: return RunConfig(**opts)
     except TypeError as e: raise ValueError(f'{file} does not hold the options of a run ({e}). It was damaged, or written by another version.') from e
