@@ -223,6 +223,16 @@ def test_index_says_what_it_holds(home):
     assert 'HNSW of 300 of 320 images' in g.search(x[:1], exact=False).how
     assert g.optimize().indexed==320 and '(HNSW)' in g.search(x[:1], exact=False).how
 
+@pytest.mark.parametrize('exact', [True, False])
+@pytest.mark.parametrize('where', [None, 'camid = 2'])
+def test_a_search_opens_the_table_once(where, exact, home, monkeypatch):
+    "To see whether the gallery was changed or replaced; in object storage it takes long"
+    g,x = vectors(home, 50)
+    g.index()
+    opened,newest = [],Gallery._newest
+    monkeypatch.setattr(Gallery, '_newest', lambda self: opened.append(1) or newest(self))
+    assert len(g.search(x[:2], 1, where, exact).df)==2 and opened==[1]
+
 def test_photos_with_boxes(home, files):
     frame = Image.new('RGB', (120,80), 'gray')
     frame.paste(im := Image.open(files[7]), (30,10))
