@@ -49,10 +49,10 @@ class RunConfig:
     def __init__(self,
         data:str='synthetic', # 'synthetic', the folder of a dataset, or a CSV file with columns path, pid, split and, if known, camid
         recipe:str='quick', # Defaults of the options below: 'quick', 'laptop' (small images first, for a computer without a GPU), 'paper' or 'published' (the authors' settings of a published network, such as osnet_x1_0)
-        arch:str=None, # Backbone, a convolutional network of timm or torchvision; default: the recipe's
+        arch:str=None, # Convolutional backbone of timm or torchvision, or a published network such as osnet_x1_0; default: the recipe's
         pretrained:str='imagenet', # Initial weights: 'imagenet', 'none', or a file with weights of the backbone or the model.safetensors of a run
         regions:int=None, # Number of horizontal strips, each with a branch: 2 in the paper, 0 for the light head; default: the recipe's
-        drop_path:float=None, # Upper bound of the probability of leaving out a residual branch in training, which rises from 0 at the first, against overfitting; default: 0.2 for the backbone of laptop, else that of timm, 0, or of torchvision
+        drop_path:float=None, # Upper bound of the probability with which training leaves out a residual branch (drop path), against overfitting; it is 0 for the first branch and rises to just below this bound; default: 0.2 for the backbone of laptop, 0 for others of timm, the network's own for torchvision
         size:str=None, # Height x width of the images, px; default: the recipe's, 128x64 if quick, 256x128 if laptop
         first_size:str=None, # Size of the images in the first epochs, smaller than `size` (progressive resizing); default: the recipe's, 128x64 if laptop
         first_epochs:int=None, # Number of epochs with `first_size`; default: six tenths of the epochs
@@ -131,7 +131,7 @@ def _check(self:RunConfig):
 def _check_first(self:RunConfig):
     "Raise `ValueError` unless `first_size` and `first_epochs` are valid"
     if self.first_size is None:
-        if self.first_epochs: raise ValueError(f'first_epochs={self.first_epochs}: `first_size` says the size that these epochs have. Give both, or neither.')
+        if self.first_epochs: raise ValueError(f'first_epochs={self.first_epochs}: `first_size` is missing, the size of the images in these epochs. Give it too, or leave `first_epochs` out.')
         return
     if self.recipe not in ('quick','laptop'): raise ValueError(f'first_size={"x".join(map(str, self.first_size))}: recipe={self.recipe} has a schedule of its own. Choose recipe=laptop or quick.')
     if self.first_size!=self.size: check_first_size(self.first_size, self.size)  # equal sizes, which earlier versions allowed, are refused by `build_net`, so that those runs can be read

@@ -114,7 +114,7 @@ def _matching(self:Gallery, k, where):
 def check_search(self:Gallery,
     k:int, # Number of images to find per photo
     where:str=None # Condition in SQL on the columns; None: all images
-) -> tuple: # Number of images; and the condition as the database takes it with the row ids that satisfy it, or None twice
+) -> tuple: # Number of images, condition for the database, and row ids that satisfy it; the last two are None without `where`
     "Raise `ValueError` if `search` would not accept `k` or `where`"
     self._latest()
     return self._matching(k, where)
@@ -209,7 +209,7 @@ def delete(self:Gallery,
 @patch
 @_alone
 def optimize(self:Gallery,
-    days:float=7 # Drop versions that are older, which other processes must not be reading; 0: all but the current one, and write all images anew, so that no deleted image stays on the disk
+    days:float=7 # Age in days above which versions are dropped; no other process may be reading them; 0: drop all earlier versions and write all images anew, so that no deleted image stays on the disk
 ) -> Gallery: # The same gallery
     "Join small files, add new images to the index, and drop old versions"
     if not days>=0: raise ValueError(f'days={days}: it must be a number from 0 upwards.')

@@ -146,8 +146,7 @@ def load(cls:Gallery,
     device:str='cpu' # Device for embedding
 ) -> Gallery: # The gallery
     "Open a gallery"
-    if not _remote(path := _expanded(path)) and not os.path.isdir(Path(path)/f'{_table}.lance'):
-        raise _missing(path, 'is no gallery' if os.path.exists(path) else 'does not exist')
+    if not _remote(path := _expanded(path)) and not os.path.isdir(Path(path)/f'{_table}.lance'): raise _missing(path)
     lancedb = _lancedb()
     with _database(path): table = lancedb.connect(str(path)).open_table(_table)
     return cls(path, table, model, device)

@@ -69,7 +69,9 @@ def _stored(t): return t['proof'].combine_chunks().flatten().to_numpy().reshape(
 
 # %% ../nbs/18c_gallery_table.ipynb #f4207ba2
 def _exists(path): return ValueError(f'{brief(path, 120)} exists already, and nothing is replaced. Name another place, or add to this gallery with `reid-embed --append` or `Gallery.load(…).add(…)`.')
-def _missing(path, why='does not exist'): return ValueError(f'{brief(path, 120)} {why}. `reid-embed MODEL FOLDER --out {quote(brief(path, 60))}` makes a gallery.')
+def _missing(path):
+    if not _remote(path) and os.path.exists(path): return ValueError(f'{brief(path, 120)} is no gallery. Name the folder of a gallery, or make one in a new folder: `reid-embed MODEL FOLDER --out NEW`.')
+    return ValueError(f'{brief(path, 120)} does not exist. `reid-embed MODEL FOLDER --out {quote(brief(path, 60))}` makes a gallery.')
 
 def _plainly(text):
     "A message of the database without the layers that passed it on, and the place in its source"

@@ -65,7 +65,7 @@ def _check_own_gpu(device):
     "Raise `ValueError` if several processes would share a GPU"
     count = torch.cuda.device_count()
     if device is not None and device.index is not None: raise ValueError(f"device={str(device)!r}: each of the {ranks.n} processes takes a GPU of its own. Write `cuda`, `cpu`, or leave it out.")
-    if (count if device is None else device.type=='cuda') and local_rank()>=count:
+    if 0<count<=local_rank() and (device is None or device.type=='cuda'):
         raise ValueError(f"There are {count} GPUs here for at least {local_rank()+1} processes. Start at most {count} on this machine (`--nproc-per-node {count}`), or train with `--device cpu`.")
 
 # %% ../nbs/18g_run_setup.ipynb #46d2825f
@@ -81,7 +81,7 @@ def build_net(
     cfg:RunConfig, # Options
     n_classes:int=1 # Number of training identities
 ) -> ReIDNet:
-    "Build the network of `cfg`; raise `ValueError` if weights are missing or the images are too small for the network or its regions, or the first epochs have no smaller ones"
+    "Build the network of `cfg`; raise `ValueError` if weights are missing, if the images are too small for the network or its regions, or if `first_size` is not smaller than `size`"
     if cfg.first_size: check_first_size(cfg.first_size, cfg.size)
     net = build_reid_net(cfg.arch, n_classes, regions=cfg.regions, pretrained=cfg.weights, size=cfg.size, drop_path=cfg.drop_path).eval()
     with torch.no_grad():
@@ -93,7 +93,7 @@ def check_run(
     splits:ReIDSplits, # Dataset
     cfg:RunConfig # Options
 ):
-    "Raise the errors of batches, protocol and network that `make_learner` would raise for the whole dataset, without decoding images"
+    "Check batches, evaluation protocol and network for the whole dataset, without held-out identities; raise the same `ValueError` as `make_learner`, without decoding images"
     batch_part(cfg.n_pids, cfg.n_imgs, ranks.rank, ranks.n)
     check_protocol(splits)
     with warnings.catch_warnings():

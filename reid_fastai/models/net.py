@@ -183,7 +183,7 @@ class PublishedRecipe:
     lr:float # Highest learning rate
     size:tuple=(256,128) # (height, width) of the images, px
     batch:int=64 # Images per batch
-    n_imgs:int|None=4 # Images per identity in a batch; None: images are drawn independently of identity
+    n_imgs:int|None=4 # Images per identity in a batch; None: the authors draw images independently of identity, and this library one image for each of `batch` identities
     opt:str='adam' # 'adam' or 'amsgrad'
     wd:float=5e-4 # Coupled weight decay, equal to an L2 penalty of `wd/2`; not used if another regulariser is chosen
     schedule:str='steps' # 'steps' or 'cosine'
@@ -236,7 +236,7 @@ def build_reid_net(
     regions:int=2, # Number of horizontal strips with a branch each; 0 for the light head; ignored by published networks
     pretrained:bool|str|Path=True, # True for pretrained backbone weights, False for random ones, or a file; for published networks also a file of the whole network
     size:tuple|None=None, # (height, width) of the images, px, for networks that accept only one size (`rga_sc_resnet50`); None: 256×128
-    drop_path:float|None=None # Upper bound of the probability of leaving out a residual branch in training, which rises from 0 at the first; None: the default of timm or torchvision
+    drop_path:float|None=None # Upper bound of the probability with which training leaves out a residual branch; it is 0 for the first branch and rises to just below this bound; None: the default of timm or torchvision
 ) -> ReIDNet: # The network
     "Build a Re-ID network from a backbone, or a published network by its name"
     n_classes,regions,size = check_int('n_classes', n_classes, 1),check_int('regions', regions),size and check_size(size, 32)

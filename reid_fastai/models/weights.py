@@ -107,7 +107,7 @@ def _load_weights(m, name, keys, sd, source):
 def load_backbone(
     arch:str|Callable, # Model of timm or torchvision, see `resolve_arch`
     pretrained:bool|str|Path=True, # True for pretrained weights, False for random ones, or a file (safetensors or PyTorch) of timm, torchvision or a run
-    drop_path:float|None=None # Upper bound of the probability of leaving out a residual branch in training, see [drop path](03b_models.net.ipynb); None: the default of timm or torchvision
+    drop_path:float|None=None # Upper bound of the probability with which training leaves out a residual branch, see [drop path](03b_models.net.ipynb); None: the default of timm or torchvision
 ) -> tuple: # Trunk, last stage at stride 1, channels of its map, and a dict with `mean` and `std` of its training images, empty if unknown
     "Make a backbone from a classifier, with pretrained or random weights"
     name = resolve_arch(arch)
