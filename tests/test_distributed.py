@@ -117,6 +117,15 @@ def test_an_unknown_device(monkeypatch):
     with pytest.raises(ValueError, match="^device='cuda:1': each of the 2 processes"): check_device('cuda:1')
     assert check_device('cpu')==torch.device('cpu')
 
+@pytest.mark.parametrize('count,device,words', [(0, 'cuda', "device='cuda' is not available"), (2, 'cuda', 'There are 2 GPUs here for at least 3'), (2, None, 'There are 2 GPUs here for at least 3')])
+def test_fewer_gpus_than_processes(count, device, words, monkeypatch):
+    "Without any GPU, no number of processes would do"
+    if not count and torch.cuda.is_available(): pytest.skip('there is a GPU')
+    monkeypatch.setattr(ranks, 'n', 4)
+    monkeypatch.setenv('LOCAL_RANK', '2')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: count)
+    with pytest.raises(ValueError, match=words): check_device(device)
+
 # ---- the start
 
 def launched(*argvs, cwd):
