@@ -57,7 +57,7 @@ def main(a):
             steps = cfg.steps or len(PKSampler(splits.real('train').pid, cfg.n_pids, cfg.n_imgs))
             if n: res = train_run(out/f'{n}-{a.images or "all"}-{seed}', part, RunConfig(**dict(opts, steps=steps, n_pids=min(n, cfg.n_pids))), a.device)
             else: res = untrained(splits, cfg, a.device)
-            rows.append({'dataset': splits.name, 'identities': n, 'images': len(part.train), 'seed': seed, **{k: res[k] for k in ('mAP','Rank-1','Rank-5','mINP')}, 'epochs': cfg.epochs if n else 0, 'steps': steps if n else 0, 'pretrained': a.pretrained, **setting(cfg, a.device, 'arch','size')})
+            rows.append({'dataset': splits.name, 'identities': n, 'images': len(part.train), 'seed': seed, **{k: res[k] for k in ('mAP','Rank-1','Rank-5','mINP')}, 'epochs': cfg.epochs if n else 0, 'steps': steps if n else 0, 'pretrained': a.pretrained, **setting(cfg, a.device, 'arch','size'), **({'precision': res['precision'].split()[0].rstrip(',')} if n else {})})  # a run may be of another machine
             atomic_write(file, pd.concat([old, pd.DataFrame(rows)]).drop_duplicates(['dataset','identities','images','seed','epochs','steps','arch','size','precision','options'], keep='last').to_csv(index=False))
     df = pd.DataFrame(rows).groupby('identities').agg({'images': 'mean', 'mAP': ['mean','std'], 'Rank-1': ['mean','std']}).reset_index()
     shown = pd.DataFrame({'identities': df.identities, 'images': df.images['mean'].round().astype(int),

@@ -29,10 +29,10 @@ from reid_fastai.callback.regularizer import L2Callback
 from reid_fastai.data.augment import EraseEach
 from reid_fastai.data.holdout import hold_out
 from reid_fastai.losses import ReIDLoss
-from reid_fastai.models import ObjectiveHead, at_least_float32, global_average
+from reid_fastai.models import ObjectiveHead, at_least_float32, global_average, methods
 from reid_fastai.regularizers import THETA
 from reid_fastai.results import result_figures
-from reid_fastai.run_setup import fit_run, load_splits, make_learner
+from reid_fastai.run_setup import build_net, fit_run, load_splits, make_learner
 
 class GeMHead(ObjectiveHead):
     "Generalised mean over space, with exponent 3"
@@ -66,7 +66,14 @@ def strips(n):
         net.maps = maps
         learn.add_cbs(l2)
     return change
-def stride(learn): next(m for m in learn.model.global_stage.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0]>1).stride = (2,2)
+def halve(net): next(m for m in net.global_stage.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0]>1).stride = (2,2)
+def stride(learn): halve(learn.model)
+def check_stride(cfg):
+    "Raise `ValueError` if the last stage does not work with stride 2 in one convolution, as with a shortcut beside it"
+    halve(net := build_net(cfg, 2))
+    try:
+        with torch.no_grad(): net(torch.rand(1, 3, *cfg.size))
+    except RuntimeError as e: raise ValueError(f"change 'stride': {cfg.arch} has a shortcut beside the convolution that would get stride 2. Leave it out of --changes.") from e
 def metric(loss, miner=None):
     def change(learn): learn.loss_func = ReIDLoss(triplet=lambda emb,pid: loss(emb, pid, miner(emb, pid) if miner else None))
     return change
@@ -121,8 +128,10 @@ def main(a):
     if odd := [o for o in a.changes if o not in CHANGES]: raise ValueError(f'--changes {odd}: there are {list(CHANGES)}.')
     keep_freed_memory()
     rows,base = Rows(a.out),RunConfig(**dict(dict(epochs=5, steps=200, l2='auto'), **chosen(a.set), data=a.data, seed=a.seed))
+    if base.arch in methods: raise ValueError(f'arch={base.arch}: the changes are made for backbones of timm and torchvision with the light head.')
     if base.regions: raise ValueError(f'regions={base.regions}: the changes are made for the light head. Use regions=0.')
     for name in a.changes: base.but(**CHANGES[name][2](base))  # raises `ValueError` for options that a change makes invalid
+    if 'stride' in a.changes: check_stride(base)
     splits = hold_out(load_splits(a.data), .2, 42, a.distractors)  # the same people for all seeds
     same = dict(dataset=splits.name, distractors=a.distractors, **setting(base, a.device, 'arch','size','epochs','steps','l2'))
     rows.check_same(**same)

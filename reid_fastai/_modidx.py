@@ -129,6 +129,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                 'reid_fastai/callback/evaluation.py'),
                                                  'reid_fastai.callback.evaluation.RetrievalMetrics._check_fit': ( 'callback.evaluation.html#retrievalmetrics._check_fit',
                                                                                                                   'reid_fastai/callback/evaluation.py'),
+                                                 'reid_fastai.callback.evaluation.RetrievalMetrics._detach': ( 'callback.evaluation.html#retrievalmetrics._detach',
+                                                                                                               'reid_fastai/callback/evaluation.py'),
                                                  'reid_fastai.callback.evaluation.RetrievalMetrics._due': ( 'callback.evaluation.html#retrievalmetrics._due',
                                                                                                             'reid_fastai/callback/evaluation.py'),
                                                  'reid_fastai.callback.evaluation.RetrievalMetrics._evaluate': ( 'callback.evaluation.html#retrievalmetrics._evaluate',

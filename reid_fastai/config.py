@@ -163,11 +163,12 @@ def weights(self:RunConfig) -> bool|str: # Argument `pretrained` of `build_reid_
 def but(self:RunConfig,
     **changes # Options with other values
 ) -> RunConfig: # A copy
-    "Copy the options with `changes`; `strength` is reset if the regulariser changes, and a default `first_epochs` follows the number of epochs"
+    "Copy the options with `changes`; `strength` is reset if the regulariser changes, and defaults of `first_epochs` and `eval_every` follow the options that they depend on"
     if changes.get('recipe', self.recipe)!=self.recipe: raise ValueError(f'recipe={changes["recipe"]}: these options have the defaults of recipe={self.recipe} already. Make a new `RunConfig`.')
     if self.recipe=='published' and changes.get('arch', self.arch)!=self.arch: raise ValueError(f'arch={changes["arch"]}: these options are those of the authors of {self.arch}. Make a new `RunConfig`.')
     own = dict(strength=None) if changes.get('l2', self.l2)!=self.l2 else {}
     if self.first_epochs==_first_epochs(self.epochs): own['first_epochs'] = None  # the default for another number of epochs
+    if self.val_pids and self.eval_every==1: own['eval_every'] = None  # the default with held-out identities
     return RunConfig(**{**vars(self), **own, **changes})
 
 # Regulariser -> its option for the strength; `strength` for all others

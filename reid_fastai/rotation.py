@@ -124,6 +124,8 @@ def _for_testing(model, tested, train):
         try:
             reset()
             if train: model.train()
+            for m in model.modules():
+                if type(m).__name__ in ('DropPath','StochasticDepth'): m.training = False  # the kernels of a branch that is left out would all seem invariant
             for m,_ in epss: m.eps = 1e-30 if m.training else m.eps  # a frozen norm divides by a variance that can be 0
             for w in frozen: w.requires_grad_()
             kinds = param_kinds(model)

@@ -152,7 +152,7 @@ def _finish(out, learn, splits, cfg):
     table = learn.checkpoint.table
     results,secs = _test(out, learn, splits, cfg),table.seconds.mean()
     res = dict(result_figures(results), epoch=int(table.mAP.idxmax())+1 if cfg['val_pids'] else len(table), seconds_per_epoch=round(float(secs), 2),
-               images_per_second=round(float(len(learn.dls.train)*learn.dls.train.bs/secs), 1), precision=training_precision(learn))
+               images_per_second=round(float(len(learn.dls.train)*learn.dls.train.bs/secs), 1), precision=', then '.join(learn.checkpoint.precisions) or training_precision(learn))  # empty if an earlier version trained all epochs
     if cfg['rerank']: res['reranked'] = result_figures(results.rerank())
     return by_leader(_write)(out, learn, splits, cfg, results, res)
 

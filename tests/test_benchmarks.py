@@ -171,7 +171,8 @@ def test_recipe(tmp_path):
     assert len(df)==17 and df.change.is_unique and df.mAP.between(0, 100, inclusive='neither').all() and df['mAP after the neck'].nunique()>14
     again = forked(*args, logs=tmp_path)
     assert again.returncode==0 and "{'change'" not in again.stdout
-    for bad,words in ((['--changes', 'some'], "['some']"), (['--set', 'regions=2'], 'regions=2')):
+    for bad,words in ((['--changes', 'some'], "['some']"), (['--set', 'regions=2'], 'regions=2'), (['--set', 'arch=osnet_x0_25', 'pretrained=none'], 'arch=osnet_x0_25'),
+                      (['--set', 'arch=resnet18', 'pretrained=none', 'size=64x32', '--changes', 'base', 'stride'], "change 'stride': resnet18")):
         res = forked(*args, *bad, logs=tmp_path)
         assert res.returncode==1 and words in res.stderr and 'Traceback' not in res.stderr
 

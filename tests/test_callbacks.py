@@ -18,6 +18,7 @@ from reid_fastai.callback.rotation import AutoL2, RotationControl
 from reid_fastai.core import PlainErrors, unwrap
 from reid_fastai.callback.history import *
 from reid_fastai.regularizers import *
+from reid_fastai.test_utils import tiny_dls
 
 for o in [o for o in globals() if o.startswith('test')]: del globals()[o]  # fastai exports helpers that pytest would take for tests
 
@@ -135,6 +136,16 @@ def test_removal_leaves_the_learner_as_it_was():
     before = learn.opt_func,learn.splitter,len(learn.metrics)
     learn.add_cb(AdaptiveL2(.1)); learn.remove_cb(AdaptiveL2)
     assert before==(learn.opt_func,learn.splitter,len(learn.metrics))
+
+def test_export_after_removal(tmp_path):
+    "fastai's default splitter takes all trainable parameters, θ of the former callback too; a callback that comes later trains θ on"
+    learn = fit(learner(AdaptiveL2(.1), splitter=trainable_params), 1, 'fit', 1e-2).remove_cb(AdaptiveL2)
+    learn.path,data,learn.dls = tmp_path,learn.dls,tiny_dls()  # those of a list cannot be exported
+    learn.export()
+    assert len(learn.dls.train_ds) and not learn.model.l2_theta.requires_grad
+    theta,learn.dls = learn.model.l2_theta.detach().clone(),data
+    fit(learn.add_cb(AdaptiveL2(.1)), 1, 'fit', 1e-2)
+    assert (learn.model.l2_theta<theta).all()
 
 @pytest.mark.parametrize('cb', [ConventionalL2(.5), AdaptiveL2(), AutoL2(), RotationControl()])
 def test_a_callback_belongs_to_one_learner(cb):

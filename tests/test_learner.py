@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from reid_fastai.callback.all import *
-from reid_fastai.callback.evaluation import _blank, extract_features, search
+from reid_fastai.callback.evaluation import RetrievalMetrics, _blank, extract_features, search
 from reid_fastai.data.all import *
 from reid_fastai.export import load_model, save_model
 from reid_fastai.interpret import *
@@ -100,6 +100,12 @@ def test_without_mirror_images(dls):
     learn = tiny_learner(dls, flip=False)
     assert torch.equal(learn.embed(), learn.embed(flip=False)) and not torch.equal(learn.embed(), learn.embed(flip=True))
     assert fit(learn).recorder.values[0][1]==100*learn.retrieval().mAP==100*learn.retrieval(flip=False).mAP
+
+def test_metrics_leave_with_their_callback(dls):
+    "Their last values would be shown as those of later epochs"
+    learn = fit(tiny_learner(dls)).remove_cb(RetrievalMetrics)
+    assert fit(learn).recorder.metric_names==['epoch','train_loss','time']
+    assert fit(learn.add_cb(RetrievalMetrics())).recorder.metric_names[2:4]==['mAP','rank1']
 
 def test_short_epochs_show_their_metrics(dls):
     learn = fit(tiny_learner(dls), cbs=ShortEpochCallback(.5))

@@ -16,10 +16,13 @@ from reid_fastai.callback.checkpoint import Checkpoint
 from reid_fastai.callback.precision import *
 from reid_fastai.callback.regularizer import AdaptiveL2
 from reid_fastai.config import RunConfig
+from reid_fastai.data.datasets import read_dataset
+from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.core import unwrap
 from reid_fastai.learner import ReIDLearner, paper_adam
 from reid_fastai.optimizer import FusedAdam
 from reid_fastai.run_setup import check_compiler, make_learner
+from reid_fastai.runs import train_run
 from reid_fastai.shell import run_command
 from reid_fastai.cli import reid_train
 from reid_fastai.test_utils import tiny_dls, tiny_learner
@@ -217,3 +220,41 @@ def test_fits_after_an_interrupted_step(monkeypatch):
     learn.mixed_precision._scaler.update(2.**11)
     cut()
     assert fit(learn).mixed_precision._scaler.get_scale()==2.**11
+
+def test_fits_after_a_fit_that_diverged(monkeypatch):
+    "Its scale, at which gradients vanish, is not kept; that of `lr_find` never is"
+    monkeypatch.setattr(precision, 'supports_precision', lambda *_: True)
+    learn = fit(small().to_fp16(init_scale=2.**9))
+    learn.mixed_precision._scaler.update(2.**-40)
+    assert fit(learn).mixed_precision._scaler.get_scale()==2.**9
+    scaler = learn.mixed_precision._scaler
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=2, show_plot=False, suggest_funcs=None)
+    assert learn.mixed_precision._scaler is scaler
+
+def test_resume_in_the_middle_of_an_accumulation(tmp_path):
+    "Gradients that are not applied yet are kept"
+    class Stop(Callback):
+        order = 80
+        def after_epoch(self):
+            if self.epoch==0: raise KeyboardInterrupt
+    def go(folder, *cbs):
+        learn = small(Checkpoint(folder), GradientAccumulation(24), *cbs)  # three of the four batches of an epoch
+        learn.dls.train.epoch = 0
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2, start_epoch=learn.checkpoint.load())
+        return learn
+    for o in 'whole','cut': (tmp_path/o).mkdir()
+    whole = go(tmp_path/'whole')
+    with pytest.raises(KeyboardInterrupt): go(tmp_path/'cut', Stop())
+    cut = go(tmp_path/'cut')
+    assert all(torch.equal(a, b) for a,b in zip(whole.model.state_dict().values(), cut.model.state_dict().values()))
+
+@half
+def test_resume_in_another_precision(half, tmp_path, interrupted):
+    "The change is named, in a warning and in the results"
+    splits = read_dataset(make_synthetic(tiny=True))
+    cfg = RunConfig(splits.root, arch='test_resnet', pretrained='none', size='64x32', n_pids=4, epochs=2, steps=2)
+    interrupted(tmp_path/'r', splits, cfg, 1)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(precision, 'default_precision', lambda device: half)
+        with pytest.warns(UserWarning, match=f'was trained in fp32, and goes on in {half} mixed precision'): res = train_run(tmp_path/'r', splits, cfg)
+    assert res['precision']==f'fp32, then {half} mixed precision' and res['precision'] in (tmp_path/'r'/'summary.md').read_text()

@@ -128,14 +128,16 @@ def test_published_recipe_is_the_default_of_its_network(arch, opts):
     if not given: assert cfg.n_pids*cfg.n_imgs==r.batch
     with pytest.raises(ValueError, match='no published recipe'): RunConfig(recipe='published', arch='resnet18')
 
-@pytest.mark.parametrize('opts', [dict(recipe='published', arch='osnet_x0_25', n_imgs=2, l2='adaptive'), dict(recipe='laptop', arch='test_resnet', size='64x64', first_size='32x32', drop_path=.3)])
-def test_a_run_goes_on_to_the_same_digits(opts, tmp_path, interrupted):
-    "AMSGrad's largest moments, the schedule and the size of the images are those of a run without interruption"
+@pytest.mark.parametrize('opts,done', [(dict(recipe='published', arch='osnet_x0_25', n_imgs=2, l2='adaptive'), 2), (dict(recipe='laptop', arch='test_resnet', size='64x64', first_size='32x32', drop_path=.3), 2), (paper_args, 1)])
+def test_a_run_goes_on_to_the_same_digits(opts, done, tmp_path, interrupted):
+    "AMSGrad's largest moments, the schedule, the size of the images and the mean loss are those of a run without interruption, also at the end of a phase"
     splits = read_dataset(make_synthetic(tiny=True))
-    cfg = RunConfig(splits.root, pretrained='none', n_pids=4, epochs=3, steps=2, **{'size': '64x32', **opts})
+    cfg = RunConfig(splits.root, **dict(pretrained='none', n_pids=4, epochs=3, steps=2, size='64x32') | opts)
     train_run(tmp_path/'whole', splits, cfg)
-    interrupted(tmp_path/'cut', splits, cfg, 2)
+    interrupted(tmp_path/'cut', splits, cfg, done)
     train_run(tmp_path/'cut', splits, cfg)
+    a,b = (pd.read_csv(tmp_path/o/'metrics.csv').drop(columns='seconds') for o in ('whole','cut'))
+    assert a.equals(b)
     for f in ('lambdas.csv','model.safetensors'): assert (tmp_path/'whole'/f).read_bytes()==(tmp_path/'cut'/f).read_bytes()
 
 def test_erasing_after_an_interrupted_fit():
@@ -158,6 +160,7 @@ def test_erasing_after_an_interrupted_fit():
 
 def test_copies_of_options(splits):
     cfg = RunConfig(recipe='laptop')
+    assert cfg.but(val_pids=.1).eval_every==1 and cfg.but(val_pids=.1).but(val_pids=0.).eval_every is None and cfg.but(eval_every=2).but(val_pids=.1).eval_every==2
     assert cfg.but(epochs=10).first_epochs==6 and cfg.but(first_epochs=21).but(epochs=40).first_epochs==21 and cfg.but(seed=1).first_epochs==cfg.first_epochs
     small = RunConfig(recipe='laptop', size='128x64', arch='test_resnet', pretrained='none', n_pids=4)
     with pytest.raises(ValueError, match='first_size=128x64: it must be smaller than size'): run_setup.check_run(splits, small)

@@ -5,7 +5,9 @@ from functools import partial
 import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import *
 from fastai.callback.all import *
+from timm.layers import DropPath
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from reid_fastai.callback import rotation as rotation_module
 from reid_fastai.callback.arrays import ArrayHistory
@@ -184,6 +186,15 @@ class Aux(nn.Module):
         super().__init__()
         self.first,self.norm,self.aux,self.idle,self.frozen = nn.Linear(4, 4, bias=False),nn.BatchNorm1d(4),nn.Linear(4, 2),nn.Linear(4, 2),nn.Linear(4, 4, bias=False).requires_grad_(False)
     def forward(self, x): self.idle(x); return self.norm(self.first(self.frozen(x)))
+
+@pytest.mark.parametrize('drop', [DropPath(.999), StochasticDepth(.999, 'row')])
+def test_branches_that_are_left_out_hide_nothing(drop):
+    "A kernel without a norm is not invariant, however seldom its branch is used"
+    class Block(nn.Module):
+        def __init__(self): super().__init__(); self.first,self.norm,self.plain,self.drop = nn.Linear(4, 4, bias=False),nn.BatchNorm1d(4),nn.Linear(4, 4),drop
+        def forward(self, x): return x+self.drop(self.plain(self.norm(self.first(x))))
+    m = Block().train()
+    assert scale_invariant(m, torch.randn(8, 4))==['first.weight'] and drop.training
 
 def test_arrays_that_are_not_used_are_left_out():
     m = Aux()

@@ -6,7 +6,7 @@
 __all__ = ['Checkpoint']
 
 # %% ../../nbs/18b_callback.checkpoint.ipynb #9f4f9918
-import math,time
+import math,time,warnings
 from io import BytesIO,StringIO
 from pathlib import Path
 from typing import Callable
@@ -18,6 +18,7 @@ from fastai.callback.core import Callback
 from fastai.torch_core import get_random_states,set_random_states,to_device
 from fastcore.all import *
 
+from .precision import training_precision
 from .regularizer import find_l2
 from ..core import DivergedError,PlainErrors,brief,ranks
 from ..distributed import by_leader
@@ -33,7 +34,7 @@ class Checkpoint(PlainErrors, Callback):
         keep_best:bool=False, # Whether to save the weights with the best mAP so far as `best.safetensors`
         log:Callable=noop # Function that is called after each epoch with its row, a dict
     ):
-        self.folder,self.keep_best,self.log,self.state,self.rows = Path(folder),keep_best,log,None,[]
+        self.folder,self.keep_best,self.log,self.state,self.rows,self.precisions = Path(folder),keep_best,log,None,[],[]
 
     @property
     def file(self): return self.folder/'checkpoint.pth'
@@ -45,6 +46,7 @@ class Checkpoint(PlainErrors, Callback):
         if hasattr(self.learn, 'lr_finder'): return  # `lr_find` discards what it trains
         self.trained,self.start = True,time.perf_counter()
         if self.state is not None: self._restore()
+        if self.precisions[-1:]!=[now := training_precision(self.learn)]: self.precisions.append(now)
     def after_batch(self): self.stop = time.perf_counter()
 
 # %% ../../nbs/18b_callback.checkpoint.ipynb #0c7bb69f
@@ -72,10 +74,12 @@ def _moments(opt):
 @patch
 def _write(self:Checkpoint):
     if ranks.rank: return  # only rank 0 writes; all processes have the same state
-    smooth,cb,scaler = self.recorder.smooth_loss,find_l2(self.learn),getattr(self.learn, 'scaler', None)
+    smooth,cb,scaler,acc = self.recorder.smooth_loss,find_l2(self.learn),getattr(self.learn, 'scaler', None),getattr(self.learn, 'gradient_accumulation', None)
     lambdas = cb.history.to_csv(index=False) if cb else None
     state = dict(rows=self.rows, lambdas=lambdas, model=self.learn.model.state_dict(), opt=_moments(self.opt), random=_random(), gpu=next(self.learn.model.parameters()).device.index,
-                 smooth=(smooth.count, smooth.val), train_epoch=self.dls.train.epoch, scaler=scaler.state_dict() if scaler else {})
+                 smooth=None if self.epoch==self.n_epoch-1 else (smooth.count, smooth.val),  # each `fit` begins a new average
+                 train_epoch=self.dls.train.epoch, scaler=scaler.state_dict() if scaler else {}, precisions=self.precisions)
+    if acc and acc.count: state['accumulated'] = dict(count=acc.count, grads={n: p.grad for n,p in self.learn.model.named_parameters() if p.grad is not None})
     torch.save(state, buf := BytesIO())
     atomic_write(self.file, seal(buf.getvalue()))
     self.write_tables(lambdas)
@@ -101,7 +105,9 @@ def load(self:Checkpoint
     except RuntimeError as e:
         if 'Error(s) in loading' not in str(e): raise
         raise ValueError(f'{self.file} is of another network: install the versions that config.json names, or train in another folder. ({brief(e, 70)})') from e
-    self.state,self.rows = state,state['rows']
+    self.state,self.rows,self.precisions = state,state['rows'],state.get('precisions', [])
+    if self.precisions and (now := training_precision(self.learn))!=self.precisions[-1]:
+        warnings.warn(f'{self.folder} was trained in {self.precisions[-1]}, and goes on in {now}: the figures differ from those of a training in one precision.')
     self.write_tables(lambdas)
     return len(self.rows)
 
@@ -113,8 +119,10 @@ def _restore(self:Checkpoint):
     state,self.state = self.state,None
     device = next(self.learn.model.parameters()).device
     self.opt.load_state_dict({k: L(to_device(v, device)) for k,v in state['opt'].items()})
-    smooth = self.recorder.smooth_loss
-    smooth.count,smooth.val = state['smooth']
+    if state['smooth']: self.recorder.smooth_loss.count,self.recorder.smooth_loss.val = state['smooth']
+    if acc := state.get('accumulated'):
+        self.learn.gradient_accumulation.count = acc['count']
+        for n,p in self.learn.model.named_parameters(): p.grad = to_device(acc['grads'].get(n), device)
     self.dls.train.epoch = state['train_epoch']
     random = state['random']
     if scale := state.get('scaler'): self.learn.scaler.load_state_dict(scale)  # for float16

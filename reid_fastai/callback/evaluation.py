@@ -18,7 +18,7 @@ from fastcore.all import *
 from torch import nn
 from torch.utils.data import RandomSampler
 
-from ..core import PlainErrors,check_int,evaluating,mean_of_mirrored,progress,ranks,unwrap
+from ..core import Attached,PlainErrors,check_int,evaluating,mean_of_mirrored,progress,ranks,unwrap
 from ..distributed import join_parts,my_part
 from ..evaluation.metrics import RetrievalResults
 
@@ -120,7 +120,7 @@ def _draw_losses(cb):
     losses = cb.recorder.losses
     cb.progress.mbar.update_graph([(range_of(losses), losses)], (0, (cb.n_epoch-len(cb.nb_batches))*cb.nb_batches[0]+len(losses)), (0, max(losses)))
 
-class RetrievalMetrics(PlainErrors, Callback):
+class RetrievalMetrics(PlainErrors, Attached, Callback):
     "Show mAP and Rank-1 in the training table, in per cent, and keep the results"
     order = 40  # before `Recorder` writes its row
     _stateattrs,results,_of,_paused = ('results','_of'),None,None,()  # results are large and not exported with a learner
@@ -133,6 +133,10 @@ class RetrievalMetrics(PlainErrors, Callback):
         self.mets = [ValueMetric(partial(self._value, o), o) for o in ('mAP','rank1')]
 
     def _value(self, o): return 100*getattr(self.results, o) if self.results else _blank
+    def _detach(self):
+        if self._learn is not None: self._learn.metrics = [m for m in self._learn.metrics if m not in self.mets]  # nothing would change their values any more
+        super()._detach()
+
     @property
     def _due(self): return self.epoch==self.n_epoch-1 or bool(self.every and (self.epoch+1)%self.every==0)
 

@@ -64,9 +64,11 @@ class ReIDPrecision(PlainErrors, MixedPrecision):
         device = next(self.model.parameters()).device
         precision = check_precision(self.amp_mode.value, device)
         self.autocast = torch.autocast(device.type, precisions[precision])
-        former,self._scaler = self._scaler,GradScaler(device.type, **{**self.kwargs, 'enabled': precision=='fp16'})  # a new one, because a step that was interrupted would stay open in the former
-        if former is not None and former.is_enabled(): self._scaler.load_state_dict(former.state_dict())
-        self.learn.scaler,self.scales = self._scaler,L()  # one scaler for all fits: a resumed training keeps its scale
+        former,scaler = self._scaler,GradScaler(device.type, **{**self.kwargs, 'enabled': precision=='fp16'})  # a new one, because a step that was interrupted would stay open in the former
+        # The next fit goes on with the scale of the former, unless that diverged: with a scale below 1, small gradients vanish, and with 0 the weights become NaN
+        if former is not None and former.is_enabled() and former.get_scale()>=1: scaler.load_state_dict(former.state_dict())
+        if not hasattr(self.learn, 'lr_finder'): self._scaler = scaler  # `lr_find` discards what it trains
+        self.learn.scaler,self.scales = scaler,L()
 
     def before_batch(self):
         self.autocast.__enter__()

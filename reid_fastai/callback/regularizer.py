@@ -57,6 +57,7 @@ class L2Callback(ArrayHistory):
         except ValueError:
             restore_default_wd(learn, self)
             raise
+        if (theta := getattr(self.regularizer, 'theta', None)) is not None: theta.requires_grad_()
         drop_default_wd(learn)
         self._splitter = learn.splitter
         learn.splitter,self._learn = _ThetaLast(learn.splitter),learn
@@ -68,7 +69,9 @@ class L2Callback(ArrayHistory):
         restore_default_wd(learn, self)
         if isinstance(learn.splitter, _ThetaLast): learn.splitter = self._splitter  # else the user has chosen another
         if self._hook: self._hook = self._hook.remove()
-        if learn.opt is not None and (theta := getattr(self.regularizer, 'theta', None)) is not None: _take_out(learn.opt, theta)
+        if (theta := getattr(self.regularizer, 'theta', None)) is not None:
+            theta.requires_grad_(False)  # otherwise a splitter would give it to the next optimizer
+            if learn.opt is not None: _take_out(learn.opt, theta)
         learn.metrics = [m for m in learn.metrics if m is not self._metric]
 
 # %% ../../nbs/12_callback.regularizer.ipynb #98c0ee86
