@@ -511,7 +511,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'reid_fastai.config.RunConfig.weights': ('config.html#runconfig.weights', 'reid_fastai/config.py'),
                                     'reid_fastai.config.RunConfig.with_l2': ('config.html#runconfig.with_l2', 'reid_fastai/config.py'),
                                     'reid_fastai.config._absolute': ('config.html#_absolute', 'reid_fastai/config.py'),
-                                    'reid_fastai.config._completed': ('config.html#_completed', 'reid_fastai/config.py'),
                                     'reid_fastai.config._defaults': ('config.html#_defaults', 'reid_fastai/config.py'),
                                     'reid_fastai.config._first_epochs': ('config.html#_first_epochs', 'reid_fastai/config.py'),
                                     'reid_fastai.config._parse_size': ('config.html#_parse_size', 'reid_fastai/config.py'),

@@ -30,14 +30,13 @@ from .schedules import *
 #: Defaults of the recipes
 recipes = dict(
     quick=dict(arch='tf_efficientnet_lite0', regions=0, size='128x64', frozen_epochs=0, epochs=10, steps=None, lr=1e-3),
-    laptop=dict(arch='tf_efficientnet_lite0', regions=0, size='256x128', first_size='128x64', frozen_epochs=0, epochs=34, steps=None, lr=1e-3, l2='auto', drop_path=.2),
+    laptop=dict(arch='tf_efficientnet_lite0', regions=0, size='256x128', first_size='128x64', frozen_epochs=0, epochs=34, steps=None, lr=1e-3, l2='auto'),
     paper=dict(arch='resnet50', regions=2, size='384x128', frozen_epochs=paper_frozen_epochs, epochs=paper_epochs, steps=paper_steps, lr=paper_lr),
     published=dict(arch='osnet_x1_0'))  # the other defaults depend on the network
 
 def _defaults(recipe, arch):
     "Defaults of a recipe, by option"
     res = {**dict(n_pids=16, n_imgs=4, l2='adaptive', factor=2.5e-3, first_size=None), **recipes[recipe]}
-    if arch not in (None, res['arch']): res.pop('drop_path', None)  # another network may have no residual branches
     if recipe!='published': return res
     r = find_recipe(ifnone(arch, res['arch']))
     n_imgs = r.n_imgs or 1
@@ -52,7 +51,7 @@ class RunConfig:
         arch:str=None, # Convolutional backbone of timm or torchvision, or a published network such as osnet_x1_0; default: the recipe's
         pretrained:str='imagenet', # Initial weights: 'imagenet', 'none', or a file with weights of the backbone or the model.safetensors of a run
         regions:int=None, # Number of horizontal strips, each with a branch: 2 in the paper, 0 for the light head; default: the recipe's
-        drop_path:float=None, # Upper bound of the probability with which training leaves out a residual branch (drop path), against overfitting; it is 0 for the first branch and rises to just below this bound; default: 0.2 for the backbone of laptop, 0 for others of timm, the network's own for torchvision
+        drop_path:float=None, # Upper bound of the probability with which training leaves out a residual branch (drop path), against overfitting; it is 0 for the first branch and rises to just below this bound; default: 0 for backbones of timm, the network's own for torchvision
         size:str=None, # Height x width of the images, px; default: the recipe's, 128x64 if quick, 256x128 if laptop
         first_size:str=None, # Size of the images in the first epochs, smaller than `size` (progressive resizing); default: the recipe's, 128x64 if laptop
         first_epochs:int=None, # Number of epochs with `first_size`; default: six tenths of the epochs
@@ -187,11 +186,7 @@ def with_l2(self:RunConfig,
 def __repr__(self:RunConfig): return 'RunConfig('+', '.join(f'{k}={v!r}' for k,v in vars(self).items() if v is not None)+')'
 
 # %% ../nbs/18a_config.ipynb #a41617fe
-def _completed(opts):
-    "Stored options of a run, with those that earlier versions did not have; their `laptop` had no drop path"
-    opts = dict(precision=None, compile=False, first_size=None, first_epochs=None, drop_path=None) | opts
-    plain = opts['drop_path'] is None and opts.get('recipe')=='laptop' and opts.get('arch')==recipes['laptop']['arch']
-    return opts | dict(drop_path=0.) if plain else opts
+_added = dict(precision=None, compile=False, first_size=None, first_epochs=None, drop_path=None)  # options that runs of earlier versions lack
 
 @by_leader
 def read_config(
@@ -200,6 +195,6 @@ def read_config(
     "Read the options of a run"
     file = Path(out)/'config.json'
     if not str(out).strip() or not os.path.exists(file): raise ValueError(f'{str(out)!r} is no run folder: it has no config.json.')
-    opts = {k:v for k,v in _completed(read_json(file)).items() if k not in ('dataset','versions','weights')}
+    opts = {k:v for k,v in read_json(file).items() if k not in ('dataset','versions','weights')}
     try: return RunConfig(**opts)
     except TypeError as e: raise ValueError(f'{file} does not hold the options of a run ({e}). It was damaged, or written by another version.') from e

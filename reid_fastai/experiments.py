@@ -21,7 +21,7 @@ from .callback.distributed import table_checksum
 from .callback.history import plot_lambda_hist
 from .comparison_results import *
 from .config import *
-from .config import _completed
+from .config import _added
 from .core import DivergedError,check_int,check_share
 from .data.holdout import *
 from .data.splits import ReIDSplits
@@ -119,7 +119,7 @@ class Comparison:
         found = read_json(file)
         if found.get('table')==asked['table']: found['cfg']['data'] = asked['cfg']['data']  # the same images may be in another place
         found = {'tune_distractors':0., 'table':asked['table'], **found}  # older comparisons do not have these
-        before,now = ({**_completed(o.pop('cfg')), **o, 'seeds':None} for o in (found, asked))  # seeds may be added
+        before,now = ({**_added, **o.pop('cfg'), **o, 'seeds':None} for o in (found, asked))  # seeds may be added
         if diff := [k for k in now if before.get(k)!=now[k]]:
             raise ValueError(f'{self.out} was begun with {diff[0]}={before.get(diff[0])!r}, but this call has {now[diff[0]]!r}. Take another folder for another comparison.')
 

@@ -24,7 +24,7 @@ from .callback.history import _penalised
 from .callback.precision import training_precision
 from .callback.regularizer import L2Callback,find_l2
 from .config import *
-from .config import _completed
+from .config import _added
 from .core import *
 from .data.splits import *
 from .distributed import *
@@ -44,7 +44,7 @@ def _describe(cfg, splits):
 @by_leader
 def _check_same(out, wanted):
     "Raise `ValueError` if a run is resumed with other options or other data"
-    found,plain = _completed(read_json(out/'config.json')),json.loads(json.dumps(wanted))
+    found,plain = {**_added, **read_json(out/'config.json')},json.loads(json.dumps(wanted))
     moved = found['dataset'].get('table')==plain['dataset']['table']  # the same images may be in another place
     pairs = [(k, found.get(k), v) for k,v in plain.items() if k not in ('dataset','versions') and not (k=='data' and moved)]
     # Runs of earlier versions have no checksum of the table, and another version may write other notes

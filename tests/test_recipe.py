@@ -10,8 +10,7 @@ from reid_fastai.data.block import ReIDDataLoaders
 from reid_fastai.data.datasets import read_dataset
 from reid_fastai.data.synthetic import make_synthetic
 from reid_fastai.learner import paper_adam, reid_learner
-from reid_fastai.config import RunConfig, read_config, recipes
-from reid_fastai.files import write_json
+from reid_fastai.config import RunConfig, recipes
 from reid_fastai.published import find_recipe
 from reid_fastai.run_setup import fit_run
 from reid_fastai.runs import train_run
@@ -176,20 +175,8 @@ def test_laptop_recipe(splits):
     assert (cfg.l2,cfg.strength,cfg.first_size,cfg.first_epochs,cfg.size)==('auto', None, [128,64], 20, [256,128])
     assert cfg.but(strength=.1).but(l2='decoupled').strength is None and cfg.but(strength=.1).but(seed=1).strength==.1
     assert RunConfig(recipe='laptop', epochs=2).first_epochs==1
-    assert cfg.drop_path==.2 and RunConfig(recipe='laptop', arch='vgg11').drop_path is None is RunConfig(arch=cfg.arch).drop_path and RunConfig(recipe='laptop', drop_path=0).drop_path==0
     assert RunConfig().first_size is None and RunConfig().first_epochs is None
     with pytest.raises(ValueError, match='built for 256×128'): run_setup.check_run(splits, RunConfig(recipe='laptop', arch='rga_sc_resnet50', pretrained='none', n_pids=4))
-
-@pytest.mark.parametrize('stored,arch,value', [(..., 'tf_efficientnet_lite0', 0.), (None, 'tf_efficientnet_lite0', 0.), (.2, 'tf_efficientnet_lite0', .2), (None, 'resnet18', None)])
-def test_drop_path_of_earlier_runs(stored, arch, value, splits, tmp_path):
-    "`laptop` had none; a run that began without it goes on without it, and other options are still compared"
-    opts = runs._describe(RunConfig(splits.root, 'laptop', arch=arch, pretrained='none'), splits)
-    if stored is ...: del opts['drop_path']
-    else: opts['drop_path'] = stored
-    write_json(tmp_path/'config.json', opts)
-    assert (cfg := read_config(tmp_path)).drop_path==value and cfg.but(data=str(tmp_path)).drop_path==value
-    runs._check_same(tmp_path, runs._describe(cfg, splits))
-    with pytest.raises(ValueError, match='was begun with drop_path='): runs._check_same(tmp_path, runs._describe(cfg.but(drop_path=.1), splits))
 
 def test_size_of_the_loaders_is_not_smaller():
     from reid_fastai.test_utils import tiny_dls, tiny_learner
