@@ -70,7 +70,7 @@ def halve(net): next(m for m in net.global_stage.modules() if isinstance(m, nn.C
 def stride(learn): halve(learn.model)
 def check_stride(cfg):
     "Raise `ValueError` if the last stage does not work with stride 2 in one convolution, as with a shortcut beside it"
-    halve(net := build_net(cfg, 2))
+    halve(net := build_net(cfg, 2).eval())
     try:
         with torch.no_grad(): net(torch.rand(1, 3, *cfg.size))
     except RuntimeError as e: raise ValueError(f"change 'stride': {cfg.arch} has a shortcut beside the convolution that would get stride 2. Leave it out of --changes.") from e
