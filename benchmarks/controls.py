@@ -3,8 +3,7 @@
     python benchmarks/controls.py DATA --out FILE.csv [--controls both constant rotation=0.02 …] [--seeds 1] [--set epochs=5 steps=200 …]
 
 A control is one of the names below, a regulariser of `reid-compare` with a strength, such as rotation=0.02, or lars with a learning rate, such as lars=0.003.
-With --hold-out, each training leaves out some training identities, is evaluated on them and on the test set, and the rank correlation of the two is printed:
-does a choice on held-out identities agree with the test set? Without it, only the test set is used.
+With --hold-out SHARE, some training identities are not trained on. Each model is evaluated on them and on the test set, and the rank correlation of both mAPs is printed. Without it, only the test set is used.
 A row is added to FILE.csv after each training. Trainings that have a row are not repeated, so the command can be interrupted and given again, and a file may be moved to another machine.
 """
 import time

@@ -15,7 +15,6 @@ from options import chosen, parser, setting, start
 from reid_fastai.callback.evaluation import search
 from reid_fastai.comparison_results import markdown_table
 from reid_fastai.config import RunConfig
-from reid_fastai.data.sampler import PKSampler
 from reid_fastai.data.splits import DISTRACTOR_PID, ReIDSplits
 from reid_fastai.export import Embedder
 from reid_fastai.files import atomic_write
@@ -42,10 +41,13 @@ def untrained(splits, cfg, device=None):
     df,files = search_rows(splits)
     return result_figures(search(Embedder(build_net(cfg, 1).to(chosen_device(device)), cfg.size)(files, flip=cfg.flip), df))
 
+def first_precision(res): "Precision in which a run began, which can be that of another machine"; return res['precision'].split()[0].rstrip(',')
+
 def main(a):
     splits,out,rows = load_splits(a.data),Path(a.out),[]
     old = pd.read_csv(file, dtype=dict(dataset=str)) if (file := out/'identities.csv').exists() else None  # rows of earlier calls are kept
     given,most = chosen(a.set, pretrained='use --pretrained'),len(people(splits))
+    counts = splits.real('train').pid.value_counts()
     sizes = a.identities or [o for o in (0, 25, 50, 100, 200, 751) if o<=most]
     if min(*sizes, a.images)<0: raise ValueError(f'--identities {sizes}, --images {a.images}: numbers from 0 are needed.')
     if max(sizes)>most: raise ValueError(f'--identities {max(sizes)}: {splits.name} has {most} training identities.')
@@ -54,10 +56,12 @@ def main(a):
             opts = dict(given, data=a.data, seed=seed, pretrained=a.pretrained)
             cfg = RunConfig(**opts)
             part = subset(splits, n, a.images, seed)
-            steps = cfg.steps or len(PKSampler(splits.real('train').pid, cfg.n_pids, cfg.n_imgs))
+            steps = cfg.steps or max(1, int(counts[counts>=cfg.n_imgs].sum())//(cfg.n_pids*cfg.n_imgs))
             if n: res = train_run(out/f'{n}-{a.images or "all"}-{seed}', part, RunConfig(**dict(opts, steps=steps, n_pids=min(n, cfg.n_pids))), a.device)
             else: res = untrained(splits, cfg, a.device)
-            rows.append({'dataset': splits.name, 'identities': n, 'images': len(part.train), 'seed': seed, **{k: res[k] for k in ('mAP','Rank-1','Rank-5','mINP')}, 'epochs': cfg.epochs if n else 0, 'steps': steps if n else 0, 'pretrained': a.pretrained, **setting(cfg, a.device, 'arch','size'), **({'precision': res['precision'].split()[0].rstrip(',')} if n else {})})  # a run may be of another machine
+            same = setting(cfg, a.device, 'arch','size')
+            if 'precision' in res: same['precision'] = first_precision(res)
+            rows.append({'dataset': splits.name, 'identities': n, 'images': len(part.train), 'seed': seed, **{k: res[k] for k in ('mAP','Rank-1','Rank-5','mINP')}, 'epochs': cfg.epochs if n else 0, 'steps': steps if n else 0, 'pretrained': a.pretrained, **same})
             atomic_write(file, pd.concat([old, pd.DataFrame(rows)]).drop_duplicates(['dataset','identities','images','seed','epochs','steps','arch','size','precision','options'], keep='last').to_csv(index=False))
     df = pd.DataFrame(rows).groupby('identities').agg({'images': 'mean', 'mAP': ['mean','std'], 'Rank-1': ['mean','std']}).reset_index()
     shown = pd.DataFrame({'identities': df.identities, 'images': df.images['mean'].round().astype(int),

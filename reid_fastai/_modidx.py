@@ -271,6 +271,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                            'reid_fastai/callback/regularizer.py'),
                                                   'reid_fastai.callback.regularizer.L2Callback._join': ( 'callback.regularizer.html#l2callback._join',
                                                                                                          'reid_fastai/callback/regularizer.py'),
+                                                  'reid_fastai.callback.regularizer.L2Callback._theta': ( 'callback.regularizer.html#l2callback._theta',
+                                                                                                          'reid_fastai/callback/regularizer.py'),
                                                   'reid_fastai.callback.regularizer.L2Callback.after_epoch': ( 'callback.regularizer.html#l2callback.after_epoch',
                                                                                                                'reid_fastai/callback/regularizer.py'),
                                                   'reid_fastai.callback.regularizer.L2Callback.after_fit': ( 'callback.regularizer.html#l2callback.after_fit',

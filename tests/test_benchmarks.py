@@ -117,7 +117,7 @@ def test_peak_memory_of_a_process(tmp_path):
     parent,child = map(float, res.stdout.split())
     assert .8<parent<1.2 and child<.1, res.stdout
 
-def test_how_many_identities(tmp_path):
+def test_how_many_identities(tmp_path, benchmark):
     "Nested parts of the training identities, the same steps and the same test set; complete runs are not repeated"
     from reid_fastai.files import read_json
     data = str(make_synthetic(tiny=True))
@@ -131,6 +131,8 @@ def test_how_many_identities(tmp_path):
     before = (tmp_path/'o'/'3-all-42'/'model.safetensors').stat().st_mtime_ns
     assert forked(*args, logs=tmp_path).returncode==0 and (tmp_path/'o'/'3-all-42'/'model.safetensors').stat().st_mtime_ns==before
     assert len(pd.read_csv(tmp_path/'o'/'identities.csv'))==3
+    for said in 'bf16 mixed precision','bf16 mixed precision, then fp32, compiled': assert benchmark('identities').first_precision(dict(precision=said))=='bf16'
+    assert benchmark('identities').first_precision(dict(precision='fp32, TF32 off'))=='fp32'
     bad = forked(*args, '--out', tmp_path/'other', '--identities', '-3', logs=tmp_path)
     assert bad.returncode==1 and 'numbers from 0' in bad.stderr
     bad = forked(*args, '--out', tmp_path/'other', '--identities', '3', '99', logs=tmp_path)

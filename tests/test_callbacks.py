@@ -147,6 +147,13 @@ def test_export_after_removal(tmp_path):
     fit(learn.add_cb(AdaptiveL2(.1)), 1, 'fit', 1e-2)
     assert (learn.model.l2_theta<theta).all()
 
+def test_theta_of_a_model_that_another_learner_gave_up():
+    model = fit(learner(AdaptiveL2(.1)), 1, 'fit', 1e-2).remove_cb(AdaptiveL2).model
+    theta,learn = model.l2_theta.detach().clone(),learner(AdaptiveL2(.1))
+    learn.model = model
+    fit(learn, 1, 'fit', 1e-2)
+    assert (model.l2_theta<theta).all()
+
 @pytest.mark.parametrize('cb', [ConventionalL2(.5), AdaptiveL2(), AutoL2(), RotationControl()])
 def test_a_callback_belongs_to_one_learner(cb):
     "A learner that has lost it must not report its penalty"

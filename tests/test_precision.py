@@ -122,22 +122,27 @@ def test_errors_and_evaluation_leave_autocast():
     with pytest.raises(ZeroDivisionError): fit(learn, halves[0])
     assert not torch.is_autocast_enabled('cpu')
 
-@half
-def test_resume_goes_on_to_the_same_digits(half, tmp_path):
+def whole_and_resumed(folder, make, lr):
+    "Learners with the callback of `make`, one after two epochs and one after an interruption between them; their arrays are equal"
     class Stop(Callback):
         order = 80
         def after_epoch(self):
             if self.epoch==0: raise KeyboardInterrupt
-    def go(folder, *cbs):
-        learn = small(ReIDPrecision(half, init_scale=2.**20, growth_interval=3), Checkpoint(folder), *cbs)
+    def go(name, *cbs):
+        learn = small(make(), Checkpoint(folder/name), *cbs)
         learn.dls.train.epoch = 0  # of our loaders
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-3, start_epoch=learn.checkpoint.load())
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, lr, start_epoch=learn.checkpoint.load())
         return learn
-    for o in 'whole','cut': (tmp_path/o).mkdir()
-    whole = go(tmp_path/'whole')
-    with pytest.raises(KeyboardInterrupt): go(tmp_path/'cut', Stop())
-    cut = go(tmp_path/'cut')
+    for o in 'whole','cut': (folder/o).mkdir()
+    whole = go('whole')
+    with pytest.raises(KeyboardInterrupt): go('cut', Stop())
+    cut = go('cut')
     assert all(torch.equal(a, b) for a,b in zip(whole.model.state_dict().values(), cut.model.state_dict().values()))
+    return whole,cut
+
+@half
+def test_resume_goes_on_to_the_same_digits(half, tmp_path):
+    whole,cut = whole_and_resumed(tmp_path, lambda: ReIDPrecision(half, init_scale=2.**20, growth_interval=3), 1e-3)
     assert whole.mixed_precision._scaler.state_dict()==cut.mixed_precision._scaler.state_dict()
 
 def test_export_and_load(tmp_path):
@@ -233,20 +238,7 @@ def test_fits_after_a_fit_that_diverged(monkeypatch):
 
 def test_resume_in_the_middle_of_an_accumulation(tmp_path):
     "Gradients that are not applied yet are kept"
-    class Stop(Callback):
-        order = 80
-        def after_epoch(self):
-            if self.epoch==0: raise KeyboardInterrupt
-    def go(folder, *cbs):
-        learn = small(Checkpoint(folder), GradientAccumulation(24), *cbs)  # three of the four batches of an epoch
-        learn.dls.train.epoch = 0
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2, start_epoch=learn.checkpoint.load())
-        return learn
-    for o in 'whole','cut': (tmp_path/o).mkdir()
-    whole = go(tmp_path/'whole')
-    with pytest.raises(KeyboardInterrupt): go(tmp_path/'cut', Stop())
-    cut = go(tmp_path/'cut')
-    assert all(torch.equal(a, b) for a,b in zip(whole.model.state_dict().values(), cut.model.state_dict().values()))
+    whole_and_resumed(tmp_path, lambda: GradientAccumulation(24), 1e-2)  # three of the four batches of an epoch
 
 @half
 def test_resume_in_another_precision(half, tmp_path, interrupted):

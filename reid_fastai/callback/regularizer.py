@@ -48,6 +48,9 @@ class L2Callback(ArrayHistory):
         super().__init__()
         self.kwargs = kwargs
 
+    @property
+    def _theta(self): "θ of the regulariser; None if it has none"; return getattr(self.regularizer, 'theta', None)
+
     def _attach(self, learn):
         if other := first(cb for cb in learn.cbs if isinstance(cb, L2Callback) and cb is not self):
             raise ValueError(f'{self} was added to a Learner that has {other} already. There would be two penalties on the same weights. Remove one with `remove_cb`.')
@@ -57,7 +60,7 @@ class L2Callback(ArrayHistory):
         except ValueError:
             restore_default_wd(learn, self)
             raise
-        if (theta := getattr(self.regularizer, 'theta', None)) is not None: theta.requires_grad_()
+        if self._theta is not None: self._theta.requires_grad_()  # `_detach` has ended its training
         drop_default_wd(learn)
         self._splitter = learn.splitter
         learn.splitter,self._learn = _ThetaLast(learn.splitter),learn
@@ -69,9 +72,9 @@ class L2Callback(ArrayHistory):
         restore_default_wd(learn, self)
         if isinstance(learn.splitter, _ThetaLast): learn.splitter = self._splitter  # else the user has chosen another
         if self._hook: self._hook = self._hook.remove()
-        if (theta := getattr(self.regularizer, 'theta', None)) is not None:
-            theta.requires_grad_(False)  # otherwise a splitter would give it to the next optimizer
-            if learn.opt is not None: _take_out(learn.opt, theta)
+        if self._theta is not None:
+            self._theta.requires_grad_(False)  # otherwise a splitter would give it to the next optimizer
+            if learn.opt is not None: _take_out(learn.opt, self._theta)
         learn.metrics = [m for m in learn.metrics if m is not self._metric]
 
 # %% ../../nbs/12_callback.regularizer.ipynb #98c0ee86
@@ -94,7 +97,7 @@ def _build(self:L2Callback, learn):
         elif odd := {*getattr(model, '_theta_names', new.names)} ^ {*new.names}:
             raise ValueError(f'The model has a θ for other parameter arrays than those to regularise: {sorted(odd)[0]} is only in one of the two sets. '
                              f'Use the same `exclude` as before, or remove θ with `del learn.model.{THETA}`.')
-        else: new.theta = has
+        else: new.theta = has.requires_grad_()
         model._theta_names = new.names
         if self._hook: self._hook.remove()
         self._hook = model.register_load_state_dict_pre_hook(_keep_theta)
@@ -106,7 +109,7 @@ def _join(self:L2Callback):
     if self._metric not in self.learn.metrics:
         self._metric = ValueMetric(self.penalty, 'penalty')
         self.learn.metrics = self.learn.metrics + [self._metric]
-    theta,opt = getattr(self.regularizer, 'theta', None),self.learn.opt
+    theta,opt = self._theta,self.learn.opt
     if theta is not None and opt is not None and id(theta) not in _in_opt(self.learn):
         opt.param_lists[-1].append(theta)
         opt.state.setdefault(theta, {})  # after `load` and `lr_find`, fastai's optimizers make no entries of their own
@@ -124,7 +127,7 @@ def before_fit(self:L2Callback):
 @patch
 def after_fit(self:L2Callback):
     "Remove θ's gradient, so that no optimizer moves θ in a later fit without the callback"
-    if (theta := getattr(self.regularizer, 'theta', None)) is not None: theta.grad = None
+    if self._theta is not None: self._theta.grad = None
 
 # %% ../../nbs/12_callback.regularizer.ipynb #670c963b
 @patch
