@@ -138,13 +138,13 @@ def test_removal_leaves_the_learner_as_it_was():
     assert before==(learn.opt_func,learn.splitter,len(learn.metrics))
 
 def test_export_after_removal(tmp_path):
-    "fastai's default splitter takes all trainable parameters, θ of the former callback too; a callback that comes later trains θ on"
-    learn = fit(learner(AdaptiveL2(.1), splitter=trainable_params), 1, 'fit', 1e-2).remove_cb(AdaptiveL2)
+    "fastai's default splitter takes all trainable parameters, also θ of a removed callback; if the callback is added again, θ is trained on"
+    learn = fit(learner(cb := AdaptiveL2(.1), splitter=trainable_params), 1, 'fit', 1e-2).remove_cb(cb)
     learn.path,data,learn.dls = tmp_path,learn.dls,tiny_dls()  # those of a list cannot be exported
     learn.export()
     assert len(learn.dls.train_ds) and not learn.model.l2_theta.requires_grad
     theta,learn.dls = learn.model.l2_theta.detach().clone(),data
-    fit(learn.add_cb(AdaptiveL2(.1)), 1, 'fit', 1e-2)
+    fit(learn.add_cb(cb), 1, 'fit', 1e-2)
     assert (learn.model.l2_theta<theta).all()
 
 def test_theta_of_a_model_that_another_learner_gave_up():
